@@ -1,0 +1,65 @@
+"""What ablate.py and isoflop.py share: run train.py many times, a process a core, and keep a table of the results."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def read_table(path):
+    """The rows of a CSV file as dicts of strings; none if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def sweep(jobs, table, row_of, processes):
+    """Run jobs, dicts with "key" (columns that name the run), "out" and "command", that table has no row of yet.
+
+    Each command is a train.py run into job["out"], resumed if it had been stopped. row_of(job, log) makes the
+    row from the lines of its log.jsonl. One thread a process.
+    """
+    done = [{k: row[k] for k in jobs[0]["key"]} for row in read_table(table)] if jobs else []
+    waiting = [job for job in jobs if {k: str(v) for k, v in job["key"].items()} not in done]
+    print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are in {table}; {len(waiting)} to go", flush=True)
+    running = []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                job = waiting.pop(0)
+                resume = ["--resume"] if (job["out"] / "ckpt.pt").exists() else []
+                job["out"].mkdir(parents=True, exist_ok=True)
+                with open(job["out"] / "stderr.txt", "a") as log:
+                    process = subprocess.Popen(
+                        [sys.executable, *job["command"], *resume],
+                        cwd=ROOT,
+                        env=environment,
+                        stdout=log,
+                        stderr=log,
+                    )
+                running.append((job, process))
+            time.sleep(1)
+            for job, process in [pair for pair in running if pair[1].poll() is not None]:
+                running.remove((job, process))
+                if process.returncode:
+                    raise SystemExit(f"{job['out']} failed: see stderr.txt there")
+                with open(job["out"] / "log.jsonl", encoding="utf-8") as file:
+                    row = row_of(job, [json.loads(line) for line in file])
+                new = not table.exists()
+                with open(table, "a", encoding="utf-8", newline="") as file:
+                    writer = csv.DictWriter(file, row)
+                    if new:
+                        writer.writeheader()
+                    writer.writerow(row)
+                (job["out"] / "ckpt.pt").rename(job["out"] / "final.pt")
+                print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+    finally:
+        for _, process in running:
+            process.terminate()  # train.py saves and stops

@@ -1,0 +1,382 @@
+"""Mixture-of-Depths (MoD), whole, in one file: a transformer that chooses which tokens to spend compute on.
+
+Raposo et al., "Mixture-of-Depths: Dynamically allocating compute in transformer-based language models",
+arXiv:2404.02258. In every other block a router lets only the k highest-scoring tokens of a sequence through
+attention and MLP (k = capacity * T, say 12.5 %); the others pass by on the residual stream. Equation 1:
+
+    x_i  <-  x_i + gate(r_i) * f(X~)_i    if r_i is among the k highest of its sequence (X~: those k tokens)
+    x_i  <-  x_i                          otherwise                                     (r_i = w . x_i)
+
+    x (B, T, C) ----+------------------------------------------------------------------+--> x (B, T, C)
+                    |                                                                  |
+                    +--> router r (B, T) --> k indices, in temporal order (B, k)       + scatter-add
+                    |                            |                                     |
+                    +--------- gather -----------+--> (B, k, C) --> f = attention, MLP --> * gate(r)
+
+Who is chosen is the only thing that differs between the two modes:
+    top-k   compares a token with the whole sequence, the future included: for training, k is exact, the graph static;
+    causal  asks each token alone, through a small predictor of the top-k choice (section 3.5): for sampling.
+            A token that is not taken costs nothing in that block and leaves nothing in its KV cache.
+
+Shapes:  B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary,
+         k tokens a routed block takes, R rows of the batch that take the current token.
+
+Read from top to bottom: config and FLOPs, norm and rotary, KV cache, attention, block, routed block, model.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+# ---------------------------------------------------------------------------------------------------------
+# Config, and what a token costs
+
+
+@dataclass
+class MoDConfig:
+    vocab_size: int = 257
+    block_size: int = 256  # context length: the longest sequence the rotary table covers
+    n_layer: int = 8
+    n_head: int = 4
+    n_embd: int = 128
+    capacity: float = 0.125  # share of a sequence that a routed block takes; 1 is the dense transformer
+    route_every: int = 2  # every route_every-th block is routed (section 4.1: every other is best)
+    routing: str = "topk"  # "topk", or "random": the paper's control, blind to the router
+    causal: str = "predictor"  # who decides without the future: a "predictor", or the "router" itself
+    gate: str = "sigmoid"  # "sigmoid", or "raw": the router's output as it is, as the paper writes it
+
+    def __post_init__(self):
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd {self.n_embd} must be n_head {self.n_head} times an even head size")
+        if not 0 < self.capacity <= 1:
+            raise ValueError(f"capacity {self.capacity} must be above 0 and at most 1 (1 is dense)")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r} must be one of {', '.join(choices)}")
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "route_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+
+    def is_routed(self, layer):
+        return self.capacity < 1 and layer % self.route_every == self.route_every - 1
+
+    def k(self, T):
+        """How many of T tokens a routed block takes under top-k."""
+        return max(1, round(self.capacity * T))
+
+    def flops_per_token(self, T, share=None):
+        """Forward FLOPs per token of a T-token sequence, the mean over its positions; training costs 3 times that.
+
+        share is the part of the tokens that routed blocks take, k / T if None. A product of m x k by k x n
+        counts 2mkn; of causal attention the needed half is counted, T / 2 keys for the mean query.
+        """
+        C = self.n_embd
+
+        def block(
+            n,
+        ):  # a block's cost for n tokens: qkv, output and MLP are 12 C^2 weights; QK^T and AV 2C each
+            return n * (2 * 12 * C**2 + 4 * C * n / 2)
+
+        taken = self.k(T) if share is None else share * T
+        chooser = 2 * C  # the router, and the predictor where there is one
+        if self.causal == "predictor" and self.routing == "topk":
+            chooser += 2 * (C * (C // 4) + C // 4)
+        routed = sum(map(self.is_routed, range(self.n_layer)))
+        blocks = (self.n_layer - routed) * block(T) / T + routed * (block(taken) / T + chooser)
+        return blocks + 2 * C * self.vocab_size
+
+
+CHOICES = {"routing": ("topk", "random"), "causal": ("predictor", "router"), "gate": ("sigmoid", "raw")}
+
+# ---------------------------------------------------------------------------------------------------------
+# Norm and rotary position embedding
+
+
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),))  # no gain: the matrix that follows can learn it
+
+
+def rotary_table(block_size, head_size):
+    """Cosines and sines of position times frequency, (2, block_size, D / 2)."""
+    frequency = 10000.0 ** -(torch.arange(0, head_size, 2) / head_size)
+    angle = torch.arange(block_size)[:, None] * frequency
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(x, rope):
+    """Turn each half-pair of x (B, H, T, D) by its token's angle; rope (2, B or 1, 1, T, D / 2)."""
+    cos, sin = rope.to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# KV cache
+
+
+class KVCache:
+    """Keys and values of the tokens that one block has processed, and of no others.
+
+    In a routed block each row of the batch has its own length. The buffers double when the longest row
+    is full; a dense block's start at the full context and never grow.
+    """
+
+    def __init__(self, batch, n_head, size, head_size, like):
+        self.k = like.new_empty(batch, n_head, size, head_size)
+        self.v = torch.empty_like(self.k)
+        self.length = [0] * batch  # on the host, where it costs no synchronisation to read
+
+    def reserve(self, size):
+        if size > self.k.size(2):
+            padding = (0, 0, 0, max(size, 2 * self.k.size(2)) - self.k.size(2))
+            self.k, self.v = F.pad(self.k, padding), F.pad(self.v, padding)
+
+    def fill(self, k, v, length):
+        """Take a prompt's keys and values (B, H, N, D); of row b the first length[b] are real, the rest padding.
+
+        Padding is never seen: the next token overwrites it or the row's length hides it.
+        """
+        self.reserve(k.size(2))
+        self.k[:, :, : k.size(2)], self.v[:, :, : k.size(2)] = k, v
+        self.length = list(length)
+        return k, v, None
+
+    def append(self, k, v, rows):
+        """Take one token (R, H, 1, D) for each row; return all these rows hold, (R, H, S, D), and who is real."""
+        for row in rows:
+            self.length[row] += 1
+        length = [self.length[row] for row in rows]
+        S = max(length)
+        self.reserve(S)
+        if len(rows) == len(self.length) and min(length) == S:  # all rows alike, as in a dense block: no copy
+            self.k[:, :, S - 1 : S], self.v[:, :, S - 1 : S] = k, v
+            return self.k[:, :, :S], self.v[:, :, :S], None
+        row, end = torch.tensor([rows, length], device=k.device)
+        self.k[row, :, end - 1], self.v[row, :, end - 1] = k[:, :, 0], v[:, :, 0]
+        mask = torch.arange(S, device=k.device) < end[:, None]  # (R, S)
+        return self.k[row, :, :S], self.v[row, :, :S], mask[:, None, None]
+
+    @property
+    def bytes_used(self):
+        return 2 * sum(self.length) * self.k[0, :, 0].numel() * self.k.element_size()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# An ordinary pre-norm transformer block, except that it returns its delta: whoever calls it adds the residual
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, rope, remember=None):
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2)  # (B, 3H, T, D)
+        qk, v = qkv.split((2 * self.n_head, self.n_head), dim=1)
+        q, k = rotate(qk, rope).chunk(2, dim=1)  # (B, H, T, D) each
+        mask = None
+        if remember is not None:
+            k, v, mask = remember(k, v)
+        # One query sees every key there is, so only T > 1 needs the triangle. (With one query and a longer
+        # cache, is_causal would show it the first key only.)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention = Attention(config)
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, rope, remember=None):
+        """The change this block makes to x (B, T, C), the residual stream itself not included.
+
+        remember puts new keys and values into a cache and returns what there is to attend to, with a mask.
+        """
+        attended = self.attention(norm(x), rope, remember)
+        return attended + self.down(F.gelu(self.up(norm(x + attended))))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The routed block: what Mixture-of-Depths is about
+
+
+class Route(NamedTuple):
+    """What one routed block decided, (B, T) each; of the whole model, (L, B, T) with L routed blocks."""
+
+    taken: torch.Tensor  # bool: went through the block
+    weight: torch.Tensor  # r, the router's output
+    logit: torch.Tensor  # above 0: the causal decision is to take the token
+
+
+class RoutedBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        C = config.n_embd
+        self.block = Block(config)
+        self.router = nn.Linear(C, 1, bias=False)
+        self.predictor = None
+        if config.causal == "predictor" and config.routing == "topk":
+            self.predictor = nn.Sequential(nn.Linear(C, C // 4), nn.GELU(), nn.Linear(C // 4, 1))
+
+    def score(self, x):
+        """For x (B, T, C), (B, T) each: r for the gate, the score that top-k ranks, the causal decision's logit."""
+        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 scores would tie and decisions flip
+            h = norm(x.float())
+            r = self.router(h).squeeze(-1)  # section 3.4
+            if self.config.routing == "random":
+                score = torch.rand_like(r)
+                return r, score, score - (1 - self.config.capacity)  # positive with probability capacity
+            if self.predictor is None:
+                return r, r, r  # section 3.5, first way: r itself is trained to be positive for the top k
+            # Section 3.5, second way: behind the detach, learning to predict leaves the language model alone.
+            return r, r, self.predictor(h.detach()).squeeze(-1)
+
+    def gate(self, r):
+        # Multiplying the output by a function of r is what gives the router a gradient: choosing has none.
+        return r if self.config.gate == "raw" else r.sigmoid()
+
+    def forward(self, x, rope, causal=False, threshold=0.0, cache=None):
+        """x (B, T, C) -> new x, Route. rope (2, T, D / 2). T > 1 with a cache is a prompt: the cache is empty."""
+        B, T, C = x.shape
+        r, score, logit = self.score(x)
+        if causal:
+            taken = logit > threshold
+            count = taken.sum(dim=1).tolist()
+            # Stable: the taken tokens come first and keep their order. Shorter rows are padded with tokens
+            # that were not taken: at the end, where the causal mask hides them from the taken ones.
+            idx_BK = taken.int().argsort(dim=1, descending=True, stable=True)[:, : max(count)]
+        else:
+            # Sorted by position, since attention among the taken tokens is causal in time, not in score.
+            idx_BK = score.topk(self.config.k(T), dim=1).indices.sort(dim=1).values
+            taken = torch.zeros_like(r, dtype=torch.bool).scatter(1, idx_BK, True)
+        route = Route(taken, r, logit)
+        if idx_BK.size(1) == 0:
+            return x, route
+
+        gate_BK = (self.gate(r) * taken).gather(1, idx_BK)  # 0 for padding
+        idx_BKC = idx_BK[..., None].expand(-1, -1, C)
+        rope_BK = rope[:, idx_BK][:, :, None]  # (2, B, 1, k, D / 2): the angles of the tokens' real positions
+        remember = partial(cache.fill, length=count) if cache is not None else None
+        delta_BKC = self.block(x.gather(1, idx_BKC), rope_BK, remember)
+        return x.scatter_add(1, idx_BKC, gate_BK[..., None] * delta_BKC), route
+
+    def step(self, x, rope, threshold, cache):
+        """The causal choice for one new token per row, x (B, 1, C): rows that don't take it are not computed."""
+        r, _, logit = self.score(x)
+        taken = logit > threshold
+        route = Route(taken, r, logit)
+        rows = [row for row, yes in enumerate(taken.flatten().tolist()) if yes]
+        if not rows:
+            return x, route
+        row = torch.tensor(rows, device=x.device)
+        delta = self.block(x[row], rope[:, None, None], partial(cache.append, rows=rows))
+        return x.index_add(0, row, self.gate(r[row])[..., None] * delta), route
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The model
+
+
+class MoD(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(
+            RoutedBlock(config) if config.is_routed(i) else Block(config) for i in range(config.n_layer)
+        )
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        table = rotary_table(config.block_size, config.n_embd // config.n_head)
+        self.register_buffer("rope", table, persistent=False)
+        for name, p in self.named_parameters():
+            if name.endswith(("out.weight", "down.weight", "head.weight", "bias")):
+                nn.init.zeros_(p)  # every block starts as the identity
+            else:
+                nn.init.normal_(p, std=p.size(-1) ** -0.5)
+
+    def forward(self, idx, targets=None, causal=False, threshold=0.0, cache=None, start=0):
+        """Tokens idx (B, T) -> logits (B, T, V), mean cross-entropy with targets (B, T) in nats or None, Route.
+
+        Top-k routing unless causal. With a cache (see new_cache) idx continues it at position start, either
+        with a whole prompt at 0 or with one token at a time, and only the last position's logits return.
+        """
+        B, T = idx.shape
+        rope = self.rope[:, start : start + T]
+        x = norm(self.embedding(idx))
+        routes = []
+        for i, block in enumerate(self.blocks):
+            kv = None if cache is None else cache[i]
+            if isinstance(block, RoutedBlock):
+                if kv is not None and T == 1:
+                    x, route = block.step(x, rope[:, 0], threshold, kv)
+                else:
+                    x, route = block(x, rope, causal, threshold, kv)
+                routes.append(route)
+            else:
+                remember = None
+                if kv is not None:
+                    remember = (
+                        partial(kv.append, rows=range(B)) if T == 1 else partial(kv.fill, length=[T] * B)
+                    )
+                x = x + block(x, rope[:, None, None], remember)
+        if cache is not None:
+            x = x[:, -1:]
+        logits = self.head(norm(x))
+        loss = None if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return logits, loss, Route(*map(torch.stack, zip(*routes, strict=True))) if routes else None
+
+    def new_cache(self, batch):
+        """An empty KV cache: one KVCache per block, for batch rows."""
+        c, like = self.config, self.embedding.weight
+        return [
+            KVCache(batch, c.n_head, 16 if c.is_routed(i) else c.block_size, c.n_embd // c.n_head, like)
+            for i in range(c.n_layer)
+        ]
+
+    @torch.inference_mode()
+    def generate(self, idx, num_tokens, temperature=1.0, top_k=None, top_p=None, threshold=0.0):
+        """Continue the prompts idx (B, T), any T >= 1, through the KV cache.
+
+        Yields, num_tokens times: the new tokens (B, 1); the logits they were drawn from (B, V); the Route of
+        the tokens fed to get there, which are the prompt at first and the last new token from then on; the
+        cache. When the context is full, generation goes on from its second half.
+        """
+        size = self.config.block_size
+        text = feed = idx[:, -size:]
+        cache, start = self.new_cache(len(idx)), 0
+        for _ in range(num_tokens):
+            if start == size:
+                feed = text[:, -max(1, size // 2) :]
+                cache, start = self.new_cache(len(idx)), 0
+            logits, _, route = self(feed, causal=True, threshold=threshold, cache=cache, start=start)
+            start += feed.size(1)
+            feed = sample(logits[:, -1], temperature, top_k, top_p)
+            text = torch.cat((text[:, -size:], feed), dim=1)
+            yield feed, logits[:, -1], route, cache
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=None):
+    """Draw from logits (B, V): one token a row, (B, 1). Temperature 0 is argmax."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None:  # the smallest set of likeliest tokens that holds top_p of the probability
+        ordered, order = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(dim=-1)
+        drop = (p.cumsum(dim=-1) - p >= top_p).scatter(1, order, p.cumsum(dim=-1) - p >= top_p)
+        logits = logits.masked_fill(drop, -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1)

@@ -1,0 +1,516 @@
+"""Train one Mixture-of-Depths model, or with --capacity 1 its dense baseline, in the same code.
+
+    python train.py                                     prepares the default data if need be, suits the machine
+    python train.py --capacity 1 --flops 2e13 --out out/dense
+    python train.py --resume                            goes on where the run in out/mod was stopped
+    torchrun --nproc_per_node=2 train.py                the same run on two devices
+
+Writes out/NAME/ckpt.pt and out/NAME/log.jsonl. Losses are nats per token.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from argparse import Namespace
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from mod import MoD, MoDConfig
+from prepare_data import UserError, get_tokenizer, load_data, make_parser, prepare, run, write_atomic
+
+# None in TrainConfig below is filled in from here. cpu: minutes on two cores. gpu: nanoGPT's baby GPT and a bit.
+PRESETS = {
+    "cpu": dict(n_layer=8, n_head=2, n_embd=64, block_size=256, batch_size=4, lr=4e-3, steps=8000),
+    "gpu": dict(n_layer=12, n_head=6, n_embd=384, block_size=256, batch_size=32, lr=1e-3, steps=10000),
+}
+
+
+def option(default, help, choices=None):
+    metadata = {"help": help, "choices": choices} if choices else {"help": help}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    preset: str | None = option(
+        None, "sizes to start from (default: gpu on cuda and mps, else cpu)", ("cpu", "gpu")
+    )
+    data: str = option("data/stdlib", "folder that prepare_data.py wrote")
+    out: str = option("out/mod", "folder for ckpt.pt and log.jsonl")
+    steps: int | None = option(None, "optimizer steps (default: by preset)")
+    flops: float | None = option(None, "train to this many training FLOPs instead: the fair way to compare")
+    capacity: float = option(0.125, "share of a sequence that a routed block takes; 1 is the dense baseline")
+    route_every: int = option(2, "every N-th block is routed")
+    routing: str = option("topk", "random is the control: a choice blind to the router", ("topk", "random"))
+    causal: str = option(
+        "predictor", "who chooses without the future, when sampling", ("predictor", "router")
+    )
+    gate: str = option(
+        "sigmoid", "what scales a routed block's output; raw is the paper's", ("sigmoid", "raw")
+    )
+    n_layer: int | None = option(None, "blocks, routed ones included (default: by preset)")
+    n_head: int | None = option(None, "attention heads (default: by preset)")
+    n_embd: int | None = option(None, "width (default: by preset)")
+    block_size: int | None = option(None, "context length in tokens (default: by preset)")
+    batch_size: int | None = option(None, "sequences a step, over all devices (default: by preset)")
+    accumulate: int = option(1, "compute each device's share of the batch in this many parts, to save memory")
+    lr: float | None = option(None, "peak learning rate (default: by preset)")
+    router_lr_scale: float = option(0.1, "the routers' learning rate, as a part of the body's")
+    weight_decay: float = option(0.1, "AdamW's, on matrices")
+    seed: int = option(0, "of initialisation and batches")
+    eval_interval: int | None = option(
+        None, "steps between evaluations, each saved (default: a tenth of the run)"
+    )
+    device: str | None = option(None, "cuda, mps or cpu (default: the best there is)")
+    dtype: str | None = option(
+        None, "of matrix products (default: bfloat16 on cuda, else float32)", ("float32", "bfloat16")
+    )
+    compile: bool | None = option(None, "torch.compile the training step (default: on cuda only)")
+    resume: bool = option(False, "go on from out's checkpoint, with its configuration")
+    overwrite: bool = option(False, "replace the run that is in out")
+
+
+# What may differ between a run and its resumption without changing the run itself.
+FREE_ON_RESUME = ("out", "device", "dtype", "compile", "accumulate", "resume", "overwrite")
+EVAL_TOKENS, FINAL_EVAL_TOKENS = 2**14, 2**17  # validation tokens used, during the run and at its end
+
+# ---------------------------------------------------------------------------------------------------------
+# The parts of a training step
+
+
+def get_batch(data, block_size, batch_size, seed, step):
+    """Random windows (batch_size, block_size) of tokens and of the tokens after them, fixed by seed and step."""
+    generator = torch.Generator().manual_seed((seed << 32) + step)
+    starts = torch.randint(len(data) - block_size, (batch_size,), generator=generator)
+    windows = np.stack([data[i : i + block_size + 1] for i in starts.tolist()]).astype(np.int64)
+    return torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:])
+
+
+def causal_choice_loss(route):
+    """Binary cross-entropy of the causal decision against the top-k choice (paper section 3.5), nats."""
+    return F.binary_cross_entropy_with_logits(route.logit, route.taken.float())
+
+
+def param_groups(model, router_lr_scale, weight_decay):
+    """AdamW groups; "scale" multiplies the scheduled learning rate. The routers learn slower: see README."""
+    named = dict(model.named_parameters())
+    router = [p for name, p in named.items() if ".router." in name]
+    rest = [p for name, p in named.items() if ".router." not in name]
+    return [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay, "scale": 1.0},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "scale": 1.0},
+        {"params": router, "weight_decay": 0.0, "scale": router_lr_scale},
+    ]
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over the first hundredth (at least 20 steps), then a cosine down to a tenth of the peak."""
+    warmup = min(max(20, steps // 100), steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def evaluate(model, data, tokens, autocast):
+    """Losses and routing statistics on about that many tokens, the same ones every time, evenly spread.
+
+    Returns val_topk, val_causal, val_skip (every routed block skipped) in nats per token, and per routed
+    block: agree (causal decision equals top-k's), recall (of the taken tokens), share (taken causally).
+    """
+    device, size = model.embedding.weight.device, model.config.block_size
+    windows = max(1, min(tokens, len(data) - 1) // size)
+    starts = np.linspace(0, len(data) - 1 - size, windows).astype(int)
+    torch.manual_seed(0)  # random routing draws its noise here
+    ways = {
+        "val_topk": {},
+        "val_causal": {"causal": True},
+        "val_skip": {"causal": True, "threshold": math.inf},
+    }
+    sums, routing = dict.fromkeys(ways, 0.0), []
+    for chunk in np.array_split(starts, math.ceil(windows / 16)):
+        batch = torch.from_numpy(np.stack([data[i : i + size + 1] for i in chunk]).astype(np.int64)).to(
+            device
+        )
+        for way, options in ways.items():
+            with autocast():
+                _, loss, route = model(batch[:, :-1], batch[:, 1:], **options)
+            sums[way] += loss.item() * len(chunk)
+            if route is None:  # dense: one forward says it all
+                sums = dict.fromkeys(ways, sums[way])
+                break
+            if way == "val_topk":
+                agree, hit = (route.logit > 0) == route.taken, (route.logit > 0) & route.taken
+                counts = [agree.sum((1, 2)), hit.sum((1, 2)), route.taken.sum((1, 2))]
+            elif way == "val_causal":
+                routing.append(torch.stack([*counts, route.taken.sum((1, 2))]))
+    result = {way: total / windows for way, total in sums.items()}
+    if routing:
+        agree, hit, taken, causal = torch.stack(routing).sum(0).double()
+        result["agree"] = (agree / (windows * size)).tolist()
+        result["recall"] = (hit / taken).tolist()
+        result["share"] = (causal / (windows * size)).tolist()
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def load_checkpoint(out, device):
+    """The model in out/ckpt.pt, on device and in eval mode, and the checkpoint, a dict: config, train, step, ...
+
+    Raises UserError if there is none or it is not a whole checkpoint of this program.
+    """
+    path = Path(out) / "ckpt.pt"
+    if not path.exists():
+        raise UserError(f"no checkpoint {path}; train one with `python train.py --out {out}`")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        model = MoD(MoDConfig(**checkpoint["config"])).to(device)
+        model.load_state_dict(checkpoint["model"])
+        TrainConfig(**checkpoint["train"])
+    except Exception as error:  # whatever a truncated or foreign file makes torch.load raise
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"{path} is damaged or not of this version ({type(error).__name__}: {reason}); "
+            f"train again with `python train.py --overwrite --out {out}`"
+        ) from error
+    return model.eval(), checkpoint
+
+
+def pick_device(name):
+    """The torch.device called name, or the best there is. Raises UserError if it isn't there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} can't be used here; try --device cpu") from error
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The run
+
+
+def fill_in(config, device):
+    """The same TrainConfig with every None that stands for a default replaced, for this device."""
+    preset = config.preset or ("cpu" if device.type == "cpu" else "gpu")
+    defaults = {
+        "preset": preset,
+        "device": device.type,
+        "dtype": "bfloat16" if device.type == "cuda" else "float32",
+        "compile": device.type == "cuda",
+        **PRESETS[preset],
+    }
+    if config.flops is not None:
+        defaults.pop("steps")
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **missing)
+
+
+def check(config, world):
+    """Raise UserError for a value that no run can have."""
+    for name in ("steps", "flops", "batch_size", "accumulate", "eval_interval", "lr"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} {value} must be above 0")
+    for name in ("router_lr_scale", "weight_decay"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"--{name} {getattr(config, name)} must be 0 or above")
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f"--seed {config.seed} must be 0 or above, and below 2**31")
+    if config.steps is not None and config.flops is not None:
+        raise UserError("--steps and --flops are two budgets; give one of them")
+    if config.batch_size % (world * config.accumulate):
+        raise UserError(
+            f"--batch_size {config.batch_size} doesn't divide into {world} device(s) x --accumulate {config.accumulate}"
+        )
+
+
+def report(result, steps, bytes_per_token):
+    """One line of text for an evaluation."""
+    bits = result["val_causal"] / math.log(2) / bytes_per_token
+    timing = result["timing"]
+    left = timing["seconds"] / result["step"] * (steps - result["step"])
+    line = (
+        f"step {result['step']:,} ({result['step'] / steps:.0%})  loss {result['loss']:.4f}  "
+        f"val causal {result['val_causal']:.4f} ({bits:.3f} bits per byte)"
+    )
+    if "agree" in result:
+        percent = {
+            name: "/".join(f"{100 * x:.0f}" for x in result[name]) for name in ("agree", "recall", "share")
+        }
+        line += (
+            f" top-k {result['val_topk']:.4f}  agree {percent['agree']} recall {percent['recall']} "
+            f"share {percent['share']} %"
+        )
+    return f"{line}  {timing['tokens_per_second']:,.0f} tokens/s  {left:.0f} s left"
+
+
+def train(config):
+    """One run, from a TrainConfig: trains, evaluates, saves. Returns the last evaluation, a dict, or None if stopped.
+
+    Raises UserError for a configuration or data that can't work, and when the loss is no longer finite.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    main_process = rank == 0
+    device = pick_device(config.device)
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    config = fill_in(config, device)
+    check(config, world)
+    out = Path(config.out)
+    checkpoint = None
+    if config.resume:
+        model, checkpoint = load_checkpoint(out, device)
+    elif (out / "ckpt.pt").exists() and not config.overwrite:
+        raise UserError(
+            f"{out} holds a run; go on with --resume, replace it with --overwrite, or name another --out"
+        )
+    train_data, val_data, meta = load_data(config.data)
+    if min(len(train_data), len(val_data)) <= config.block_size:
+        raise UserError(
+            f"--block_size {config.block_size} is longer than the validation data of {config.data} "
+            f"({len(val_data)} tokens); take a shorter context or more text"
+        )
+    shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(MoDConfig) if f.name != "vocab_size"}
+    try:
+        model_config = MoDConfig(vocab_size=meta["vocab_size"], **shape)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    torch.manual_seed(config.seed)
+    model = model if checkpoint else MoD(model_config).to(device)
+    model.train()
+
+    tokens_per_step = config.batch_size * config.block_size
+    flops_per_step = 3 * model_config.flops_per_token(config.block_size) * tokens_per_step
+    steps = config.steps or int(config.flops // flops_per_step)
+    if steps < 1:
+        raise UserError(f"--flops {config.flops:.3g} is less than one step, {flops_per_step:.3g}")
+    eval_interval = config.eval_interval or max(1, steps // 10)
+
+    # The predictors get an optimizer step of their own size: clipped together with the body, their loss
+    # would rescale the body's gradient, and the language model would notice that they learn.
+    predictors = [p for name, p in model.named_parameters() if ".predictor." in name]
+    body = [p for name, p in model.named_parameters() if ".predictor." not in name]
+    fused = device.type in ("cuda", "cpu")
+    groups = param_groups(model, config.router_lr_scale, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
+    step, loss_sum, loss_count, spent = 0, torch.zeros((), device=device), 0, 0.0
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, loss_count, spent = checkpoint["step"], checkpoint["loss_count"], checkpoint["seconds"]
+        loss_sum += checkpoint["loss_sum"]
+        if step >= steps:
+            raise UserError(f"{out} has done {step} of {steps} steps; ask for more with --steps to go on")
+
+    network = torch.compile(model, fullgraph=True) if config.compile else model
+    if world > 1:
+        network = DistributedDataParallel(network)
+    if config.dtype == "bfloat16":
+        autocast = lambda: torch.autocast(device.type, torch.bfloat16)  # noqa: E731
+    else:
+        autocast = nullcontext
+
+    def say(text):
+        if main_process:
+            print(text, file=sys.stderr, flush=True)
+
+    def any_rank(flag):
+        if world == 1:
+            return bool(flag)
+        flag = torch.tensor(float(bool(flag)), device=device)
+        dist.all_reduce(flag)
+        return flag.item() > 0
+
+    def mean_loss():
+        """Of the steps since the last report; UserError if it isn't finite, so that no such model is saved."""
+        mean = loss_sum / max(1, loss_count)
+        if world > 1:
+            dist.all_reduce(mean)
+        mean = mean.item() / world
+        if not math.isfinite(mean):
+            raise UserError(
+                f"the loss is {mean} between steps {step - loss_count} and {step}; nothing of that was saved: "
+                f"{out / 'ckpt.pt'} is as it was. Try a lower --lr"
+            )
+        return mean
+
+    def save():
+        if main_process:
+            with write_atomic(out / "ckpt.pt") as file:
+                torch.save(
+                    {
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "config": dataclasses.asdict(model_config),
+                        "train": dataclasses.asdict(config),
+                        "meta": meta,
+                        "step": step,
+                        "flops": step * flops_per_step,
+                        "loss_sum": loss_sum.item(),
+                        "loss_count": loss_count,
+                        "seconds": spent + time.perf_counter() - start,
+                    },
+                    file,
+                )
+
+    def log(entry):
+        if main_process:
+            with open(out / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    if main_process:
+        # A run begins with an empty log, a resumed one with what had been logged when it was saved.
+        lines = []
+        if checkpoint and (out / "log.jsonl").exists():
+            with open(out / "log.jsonl", encoding="utf-8") as file:
+                lines = [
+                    line for line in file if line.endswith("\n") and json.loads(line).get("step", 0) <= step
+                ]
+        with write_atomic(out / "log.jsonl") as file:
+            file.writelines(line.encode() for line in lines)
+    n_params = sum(p.numel() for p in model.parameters())
+    dense_flops = dataclasses.replace(model_config, capacity=1.0).flops_per_token(config.block_size)
+    relative = model_config.flops_per_token(config.block_size) / dense_flops
+    say(f"{device}, {config.dtype}, torch {torch.__version__}, {'compiled' if config.compile else 'eager'}")
+    say(
+        " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items() if value is not None)
+    )
+    say(
+        f"{n_params:,} parameters; {steps:,} steps of {tokens_per_step:,} tokens, {steps * flops_per_step:.3g} training "
+        f"FLOPs; a token costs {relative:.2f} of what a dense model of this shape spends on it"
+    )
+    if not checkpoint:
+        log({"train": dataclasses.asdict(config), "model": dataclasses.asdict(model_config), "params": n_params,
+             "data_sha256": meta["sha256"], "torch": torch.__version__})  # fmt: skip
+
+    # Ctrl-C and SIGTERM: finish the step, save, and leave.
+    stopping = []
+    handlers = {
+        s: signal.signal(s, lambda *_: stopping.append(True)) for s in (signal.SIGINT, signal.SIGTERM)
+    }
+    start = tick = time.perf_counter()
+    timed_tokens, result = 0, None
+    part = slice(rank, None, world)
+    try:
+        while step < steps and not any_rank(stopping):
+            rate = learning_rate(step, steps, config.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            x, y = get_batch(train_data, config.block_size, config.batch_size, config.seed, step)
+            x, y = x[part].to(device), y[part].to(device)
+            torch.manual_seed(
+                (config.seed << 32) + step
+            )  # for random routing: the noise too is the step's own
+            for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate), strict=True):
+                with autocast():
+                    _, loss, route = network(x_part, y_part)
+                objective = loss if route is None else loss + causal_choice_loss(route)
+                (objective / config.accumulate).backward()
+                loss_sum += loss.detach() / config.accumulate
+            torch.nn.utils.clip_grad_norm_(body, 1.0)
+            torch.nn.utils.clip_grad_norm_(predictors, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step, loss_count, timed_tokens = step + 1, loss_count + 1, timed_tokens + tokens_per_step
+            if step % eval_interval and step < steps:
+                continue
+
+            train_loss = mean_loss()  # waits for the device: the timing below is right
+            seconds = time.perf_counter() - tick
+            loss_sum.zero_()
+            loss_count = 0
+            result = {"step": step, "flops": step * flops_per_step, "loss": train_loss}
+            if main_process:
+                model.eval()
+                result |= evaluate(
+                    model, val_data, EVAL_TOKENS if step < steps else FINAL_EVAL_TOKENS, autocast
+                )
+                model.train()
+                elapsed = spent + time.perf_counter() - start
+                speed = timed_tokens / seconds
+                result["timing"] = {"tokens_per_second": speed, "seconds": elapsed}
+                save()
+                log(result)
+                say(report(result, steps, meta["bytes_per_val_token"]))
+            tick, timed_tokens = time.perf_counter(), 0
+        if step < steps:
+            mean_loss()
+            save()
+            say(f"stopped at step {step}, saved; go on with `python train.py --resume --out {out}`")
+            return None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if world > 1:
+            dist.destroy_process_group()
+    return result
+
+
+def resumed(given, out):
+    """The configuration of the run in out, with the flags given. UserError for one that would make another run."""
+    saved = load_checkpoint(out, "cpu")[1]["train"]
+    for name, value in given.items():
+        larger = name in ("steps", "flops") and saved[name] is not None and value >= saved[name]
+        if name not in FREE_ON_RESUME and value != saved[name] and not larger:
+            raise UserError(
+                f"--{name} {value} differs from the run in {out}, which has {saved[name]}; leave it out"
+            )
+    return TrainConfig(**{**saved, "device": None, "overwrite": False, **given})
+
+
+def summarize(config, result):
+    """Say what the run has come to, and print a sample of its text."""
+    model, checkpoint = load_checkpoint(config.out, pick_device(config.device))
+    print(
+        f"done: {result['flops']:.3g} training FLOPs in {result['timing']['seconds']:.0f} s; validation loss "
+        f"{result['val_causal']:.4f} causal, {result['val_topk']:.4f} top-k, "
+        f"{result['val_skip']:.4f} with every routed block skipped. {config.out}/ckpt.pt says, after end-of-text:",
+        file=sys.stderr,
+    )
+    tokenizer = get_tokenizer(checkpoint["meta"]["tokenizer"])
+    device = model.embedding.weight.device
+    prompt = torch.tensor([[tokenizer.eot_token]], device=device)
+    torch.manual_seed(config.seed)
+    tokens = [token.item() for token, *_ in model.generate(prompt, 400, temperature=0.8)]
+    print(tokenizer.decode(tokens, errors="replace"))
+    print(f"more of it: python sample.py --out {config.out}", file=sys.stderr)
+
+
+def main(argv):
+    parser = make_parser(
+        TrainConfig, "Train a Mixture-of-Depths model, or its dense baseline (--capacity 1)."
+    )
+    unset = object()
+    namespace = Namespace(**{f.name: unset for f in dataclasses.fields(TrainConfig)})
+    given = {name: v for name, v in vars(parser.parse_args(argv, namespace)).items() if v is not unset}
+    out = given.get("out", TrainConfig.out)
+    config = resumed(given, out) if given.get("resume") else TrainConfig(**given)
+    if config.data == TrainConfig.data and not Path(config.data).exists():
+        prepare()
+    result = train(config)
+    if result and int(os.environ.get("RANK", 0)) == 0:
+        summarize(config, result)
+
+
+if __name__ == "__main__":
+    run(main)
