@@ -168,7 +168,7 @@ def encode_text(tokenizer, text):
 def read_stdlib():
     """The Python standard library, in shuffled order, the last tenth of its files for validation."""
     names = sorted(path.relative_to(STDLIB).as_posix() for path in STDLIB.rglob("*.py"))
-    names = [name for name in names if not STDLIB_LEFT_OUT.intersection(name.split("/")[:-1])]
+    names = [name for name in names if not STDLIB_LEFT_OUT.intersection(name.split("/"))]
     random.Random(STDLIB_SEED).shuffle(names)
     texts = {name: (STDLIB / name).read_bytes() for name in names}
     # Without the few that are not UTF-8, so that the text is the same for every tokenizer.

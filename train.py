@@ -9,6 +9,7 @@ Writes out/NAME/ckpt.pt and out/NAME/log.jsonl. Losses are nats per token.
 """
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -89,9 +90,14 @@ EVAL_TOKENS, FINAL_EVAL_TOKENS = 2**14, 2**17  # validation tokens used, during 
 # The parts of a training step
 
 
+def step_seed(seed, step):
+    """32 bits that differ for every seed and step, so that a step needs nothing but its number to be repeated."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+
+
 def get_batch(data, block_size, batch_size, seed, step):
     """Random windows (batch_size, block_size) of tokens and of the tokens after them, fixed by seed and step."""
-    generator = torch.Generator().manual_seed((seed << 32) + step)
+    generator = torch.Generator().manual_seed(step_seed(seed, step))
     starts = torch.randint(len(data) - block_size, (batch_size,), generator=generator)
     windows = np.stack([data[i : i + block_size + 1] for i in starts.tolist()]).astype(np.int64)
     return torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:])
@@ -232,7 +238,7 @@ def check(config, world):
         if not 0 <= getattr(config, name) < math.inf:
             raise UserError(f"--{name} {getattr(config, name)} must be 0 or above")
     if not 0 <= config.seed < 2**31:
-        raise UserError(f"--seed {config.seed} must be 0 or above, and below 2**31")
+        raise UserError(f"--seed {config.seed} must be from 0 to 2**31 - 1")
     if config.steps is not None and config.flops is not None:
         raise UserError("--steps and --flops are two budgets; give one of them")
     if config.batch_size % (world * config.accumulate):
@@ -314,11 +320,15 @@ def train(config):
     fused = device.type in ("cuda", "cpu")
     groups = param_groups(model, config.router_lr_scale, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
-    step, loss_sum, loss_count, spent = 0, torch.zeros((), device=device), 0, 0.0
+    step, spent = 0, 0.0
+    loss_sum, loss_count = (
+        torch.zeros(2, device=device),
+        0,
+    )  # language model's and choice's, since the last report
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, loss_count, spent = checkpoint["step"], checkpoint["loss_count"], checkpoint["seconds"]
-        loss_sum += checkpoint["loss_sum"]
+        loss_sum += torch.tensor(checkpoint["loss_sum"], device=device)
         if step >= steps:
             raise UserError(f"{out} has done {step} of {steps} steps; ask for more with --steps to go on")
 
@@ -341,37 +351,40 @@ def train(config):
         dist.all_reduce(flag)
         return flag.item() > 0
 
-    def mean_loss():
-        """Of the steps since the last report; UserError if it isn't finite, so that no such model is saved."""
+    def mean_losses():
+        """Of the steps since the last report; UserError if one isn't finite, so that no such model is saved."""
         mean = loss_sum / max(1, loss_count)
         if world > 1:
             dist.all_reduce(mean)
-        mean = mean.item() / world
-        if not math.isfinite(mean):
+        mean = (mean / world).tolist()
+        if not all(map(math.isfinite, mean)):
             raise UserError(
-                f"the loss is {mean} between steps {step - loss_count} and {step}; nothing of that was saved: "
+                f"the loss is {sum(mean)} between steps {step - loss_count} and {step}; nothing of that was saved: "
                 f"{out / 'ckpt.pt'} is as it was. Try a lower --lr"
             )
         return mean
 
     def save():
-        if main_process:
-            with write_atomic(out / "ckpt.pt") as file:
-                torch.save(
-                    {
-                        "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "config": dataclasses.asdict(model_config),
-                        "train": dataclasses.asdict(config),
-                        "meta": meta,
-                        "step": step,
-                        "flops": step * flops_per_step,
-                        "loss_sum": loss_sum.item(),
-                        "loss_count": loss_count,
-                        "seconds": spent + time.perf_counter() - start,
-                    },
-                    file,
-                )
+        if not main_process:
+            return
+        checkpoint = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "config": dataclasses.asdict(model_config),
+            "train": dataclasses.asdict(config),
+            "meta": meta,
+            "step": step,
+            "flops": step * flops_per_step,
+            "loss_sum": loss_sum.tolist(),
+            "loss_count": loss_count,
+            "seconds": spent + time.perf_counter() - start,
+        }
+        whole = (
+            io.BytesIO()
+        )  # written straight to a full disk, torch.save would hide the OSError that says so
+        torch.save(checkpoint, whole)
+        with write_atomic(out / "ckpt.pt") as file:
+            file.write(whole.getbuffer())
 
     def log(entry):
         if main_process:
@@ -396,8 +409,8 @@ def train(config):
         " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items() if value is not None)
     )
     say(
-        f"{n_params:,} parameters; {steps:,} steps of {tokens_per_step:,} tokens, {steps * flops_per_step:.3g} training "
-        f"FLOPs; a token costs {relative:.2f} of what a dense model of this shape spends on it"
+        f"{n_params:,} parameters; {steps:,} steps of {tokens_per_step:,} tokens, {steps * flops_per_step:.3g} "
+        f"training FLOPs; a token costs {relative:.2f} of what a dense model of this shape spends on it"
     )
     if not checkpoint:
         log({"train": dataclasses.asdict(config), "model": dataclasses.asdict(model_config), "params": n_params,
@@ -424,9 +437,9 @@ def train(config):
             for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate), strict=True):
                 with autocast():
                     _, loss, route = network(x_part, y_part)
-                objective = loss if route is None else loss + causal_choice_loss(route)
-                (objective / config.accumulate).backward()
-                loss_sum += loss.detach() / config.accumulate
+                choice_loss = causal_choice_loss(route) if route else torch.zeros_like(loss)
+                ((loss + choice_loss) / config.accumulate).backward()
+                loss_sum += torch.stack((loss, choice_loss)).detach() / config.accumulate
             torch.nn.utils.clip_grad_norm_(body, 1.0)
             torch.nn.utils.clip_grad_norm_(predictors, 1.0)
             optimizer.step()
@@ -435,11 +448,13 @@ def train(config):
             if step % eval_interval and step < steps:
                 continue
 
-            train_loss = mean_loss()  # waits for the device: the timing below is right
+            train_loss, choice_loss = mean_losses()  # waits for the device: the timing below is right
             seconds = time.perf_counter() - tick
             loss_sum.zero_()
             loss_count = 0
             result = {"step": step, "flops": step * flops_per_step, "loss": train_loss}
+            if choice_loss:
+                result["choice_loss"] = choice_loss
             if main_process:
                 model.eval()
                 result |= evaluate(
@@ -454,7 +469,7 @@ def train(config):
                 say(report(result, steps, meta["bytes_per_val_token"]))
             tick, timed_tokens = time.perf_counter(), 0
         if step < steps:
-            mean_loss()
+            mean_losses()
             save()
             say(f"stopped at step {step}, saved; go on with `python train.py --resume --out {out}`")
             return None
