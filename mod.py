@@ -50,6 +50,9 @@ class MoDConfig:
     gate: str = "sigmoid"  # "sigmoid", or "raw": the router's output as it is, as the paper writes it
 
     def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "route_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd {self.n_embd} must be n_head {self.n_head} times an even head size")
         if not 0 < self.capacity <= 1:
@@ -57,9 +60,6 @@ class MoDConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} must be one of {', '.join(choices)}")
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "route_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
 
     def is_routed(self, layer):
         return self.capacity < 1 and layer % self.route_every == self.route_every - 1
@@ -126,8 +126,8 @@ class KVCache:
     """
 
     def __init__(self, batch, n_head, size, head_size, like):
-        self.k = like.new_empty(batch, n_head, size, head_size)
-        self.v = torch.empty_like(self.k)
+        self.k = like.new_zeros(batch, n_head, size, head_size)  # zeros, since a masked NaN would still be NaN
+        self.v = torch.zeros_like(self.k)
         self.length = [0] * batch  # on the host, where it costs no synchronisation to read
 
     def reserve(self, size):
@@ -156,7 +156,7 @@ class KVCache:
             self.k[:, :, S - 1 : S], self.v[:, :, S - 1 : S] = k, v
             return self.k[:, :, :S], self.v[:, :, :S], None
         row, end = torch.tensor([rows, length], device=k.device)
-        self.k[row, :, end - 1], self.v[row, :, end - 1] = k[:, :, 0], v[:, :, 0]
+        self.k[row, :, end - 1], self.v[row, :, end - 1] = k[:, :, 0].to(self.k), v[:, :, 0].to(self.v)
         mask = torch.arange(S, device=k.device) < end[:, None]  # (R, S)
         return self.k[row, :, :S], self.v[row, :, :S], mask[:, None, None]
 

@@ -1,14 +1,15 @@
-"""Text out of a checkpoint, through the fast path: a routed block that a token skips costs nothing.
+"""Text out of a checkpoint, through the fast path: a block that skips a token does no work for it.
 
     python sample.py --prompt "def "            text, streamed; - as the prompt reads standard input
     python sample.py --show_depth               each token shaded by how many routed blocks processed it
     python sample.py --html page.html           the same as a page to explore in a browser
     python sample.py --bench                    tokens per second: fast path, every block computed, dense, no cache
 
-Text goes to standard output, everything else to standard error.
+The text goes to standard output, everything else to standard error.
 """
 
 import codecs
+import copy
 import dataclasses
 import html
 import json
@@ -27,7 +28,7 @@ from mod import MoD, RoutedBlock, sample
 from prepare_data import UserError, encode, encode_text, get_tokenizer, make_parser, run, write_atomic
 from train import load_checkpoint, option, pick_device
 
-WARMUP = 2  # decoding steps after the prompt that are not timed
+WARMUP = 3  # steps that are not timed: the prompt's, and two single tokens
 
 
 @dataclass
@@ -40,9 +41,9 @@ class SampleConfig:
     top_k: int | None = option(None, "draw among this many of the likeliest tokens (default: all)")
     top_p: float | None = option(None, "draw among the likeliest that hold this probability (default: all)")
     seed: int = option(0, "of the draws")
-    threshold: float = option(0.0, "a block takes a token if its predictor's logit is above this: higher is faster")
+    threshold: float = option(0.0, "what a predictor's logit must exceed for its block to take a token")
     show_depth: bool = option(False, "shade each token by how many routed blocks processed it")
-    html: str | None = option(None, "also write a page to explore to this file")
+    html: str | None = option(None, "write a page to explore to this file, too")
     bench: bool = option(False, "measure tokens per second instead, and write bench.json into out")
     device: str | None = option(None, "cuda, mps or cpu (default: the best there is)")
 
@@ -70,29 +71,23 @@ def check(config):
 class Token(NamedTuple):
     id: int
     probability: float | None  # that the model gave it; None for the prompt's
-    taken: list | None  # per routed block: processed it? None: never fed to the model, as the last token is not
-    chance: list | None  # per routed block: the predictor's probability of taking it
-    gate: list | None  # per routed block: what the block's output was, or would have been, scaled by
+    route: torch.Tensor | None  # (3, L): taken, weight and logit of Route; None if it was not fed to a router
 
 
 @dataclass
 class Text:
-    """One text as it grows: the prompt's tokens, then the drawn ones."""
-
-    tokens: list = field(default_factory=list)
-    seconds: float = 0.0  # in the steps that were timed
-    timed: int = 0
-    context: int = 0  # tokens that a dense model would have in its cache
+    tokens: list = field(default_factory=list)  # of the prompt, then those drawn
+    seconds: float = 0.0  # spent in the steps that were timed
+    timed: int = 0  # how many these were
     cache: list | None = None
+    context: int = 0  # tokens that a dense model would have in its cache
 
 
 def draw(model, prompt, config, text):
-    """Continue prompt, a list of ids. Yields a Token, also appended to text, as soon as its route is known.
+    """Continue prompt, a list of ids. Yields a Token, also put into text, once the model has been fed with it.
 
-    That is when it is fed to the model, one step after it was drawn; the last one never is.
+    That is one step after it was drawn. The last one never is, nor is what a long prompt has outside the context.
     """
-    size = model.config.block_size
-    routed = [block for block in model.blocks if isinstance(block, RoutedBlock)]
     options = (config.temperature, config.top_k, config.top_p, config.threshold)
     steps = model.generate(torch.tensor([prompt], device=model.rope.device), config.num_tokens, *options)
     waiting = [(id, None) for id in prompt]
@@ -100,132 +95,421 @@ def draw(model, prompt, config, text):
         start = time.perf_counter()
         drawn, logits, route, text.cache = next(steps)
         id = drawn.item()  # waits for the device
-        if i > WARMUP:
+        if i >= WARMUP:
             text.seconds += time.perf_counter() - start
             text.timed += 1
-        columns = []  # of the tokens just fed: of the waiting ones and, where the window slid, of older ones
+        fed = []  # the waiting tokens, or, where the window slid, these after older ones
         if route is not None:
-            gate = torch.stack([block.gate(r) for block, r in zip(routed, route.weight, strict=True)])
-            columns = [x[:, 0].T.tolist() for x in (route.taken, route.logit.sigmoid(), gate)]
-            columns = list(zip(*columns, strict=True))
-            text.context = len(columns) if len(columns) > 1 else min(text.context + 1, size)
-        columns = [(None, None, None)] * (len(waiting) - len(columns)) + columns[-len(waiting) :]
-        fed = [Token(*known, *column) for known, column in zip(waiting, columns, strict=True)]
-        text.tokens += fed
-        yield from fed
+            fed = list(torch.stack([x[:, 0].float() for x in route]).cpu().unbind(-1))
+            text.context = len(fed) if len(fed) > 1 else min(text.context + 1, model.config.block_size)
+        fed = [None] * (len(waiting) - len(fed)) + fed[-len(waiting) :]
+        for known, column in zip(waiting, fed, strict=True):
+            text.tokens.append(Token(*known, column))
+            yield text.tokens[-1]
         waiting = [(id, logits[0].float().softmax(dim=-1)[id].item())]
-    text.tokens.append(Token(*waiting[0], None, None, None))
+    text.tokens.append(Token(*waiting[0], None))
     yield text.tokens[-1]
 
 
-def token_bytes(tokenizer, id):
-    try:
-        return tokenizer.decode_single_token_bytes(id)
-    except KeyError:  # the model may have more ids than the tokenizer
-        return "\N{REPLACEMENT CHARACTER}".encode()
-
-
-def incremental_decoder(tokenizer):
-    """A function from token ids, one by one, to text. A token that ends inside a character gives "" at first."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return lambda id: decoder.decode(token_bytes(tokenizer, id))
-
-
 def read_prompt(text, tokenizer, vocab_size):
-    """The ids of a prompt. Raises UserError if it is not text that the tokenizer and the model know."""
+    """The ids of a prompt, at least one. Raises UserError for what the tokenizer or the model doesn't know."""
     if text == "-":
         ids = encode(tokenizer, sys.stdin.buffer.read(), "the prompt").tolist()
     else:
         ids = encode_text(tokenizer, text)
     ids = ids or [tokenizer.eot_token]
     if max(ids) >= vocab_size:
-        raise UserError(f"the prompt has token {max(ids)}, and the model knows {vocab_size}; train it again")
+        raise UserError(f"the prompt has token {max(ids)}, and the model only {vocab_size}; train it anew")
     return ids
 
 
-def dense_config(config):
-    return dataclasses.replace(config, capacity=1.0)
+def utf8_decoder():
+    """Its decode(bytes) returns the characters that are complete, and keeps the rest for the next call."""
+    return codecs.getincrementaldecoder("utf-8")("replace")
+
+
+def token_bytes(tokenizer, id):
+    try:
+        return tokenizer.decode_single_token_bytes(id)
+    except KeyError:  # a model may have more ids than its tokenizer
+        return "\N{REPLACEMENT CHARACTER}".encode()
+
+
+def dense_flops(config, T):
+    return dataclasses.replace(config, capacity=1.0).flops_per_token(T)
 
 
 def report(model, texts):
-    """Speed, compute and memory of the texts, for a person."""
+    """Print speed, compute and memory of the texts to standard error."""
     config, weight = model.config, model.embedding.weight
     seconds, timed = sum(text.seconds for text in texts), sum(text.timed for text in texts)
-    rate = f"{timed / seconds:,.1f} tokens/s" if timed else f"too few tokens to time: more than {WARMUP + 1} are needed"
-    lines = [f"{rate} ({weight.device.type}, {weight.dtype}, batch 1; without the prompt and the first tokens)"]
-    taken = [yes for text in texts for token in text.tokens for yes in token.taken or ()]
-    if taken:
-        share = sum(taken) / len(taken)
-        T = max(text.context for text in texts)
-        flops, dense = config.flops_per_token(T, share), dense_config(config).flops_per_token(T)
-        lines.append(f"{1 - share:.1%} of the routed blocks skipped")
-        lines.append(f"{flops:,.0f} forward FLOPs per token, {flops / dense:.2f} of a dense model's of this shape")
+    rate = f"{timed / seconds:,.1f} tokens/s" if timed else "too few tokens to time"
+    lines = [f"{rate} ({weight.device.type}, {weight.dtype}, batch 1; the first {WARMUP} steps left out)"]
+    routes = [token.route for text in texts for token in text.tokens if token.route is not None]
+    if routes:
+        share, T = torch.stack(routes)[:, 0].mean().item(), texts[-1].context
+        flops, dense = config.flops_per_token(T, share), dense_flops(config, T)
         used = sum(kv.bytes_used for kv in texts[-1].cache)
-        dense = config.n_layer * texts[-1].context * 2 * config.n_embd * weight.element_size()
-        lines.append(f"{used:,} bytes of KV cache in use, {used / dense:.2f} of a dense model's")
+        dense_used = 2 * config.n_layer * T * config.n_embd * weight.element_size()
+        lines += [
+            f"{1 - share:.1%} of the routed blocks skipped",
+            f"{flops:,.0f} forward FLOPs per token, {flops / dense:.2f} of a dense model's of the same shape",
+            f"{used:,} bytes of KV cache, {used / dense_used:.2f} of a dense model's",
+        ]
     print("\n".join(lines), file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # --show_depth
 
-SHADES = (230, 222, 215, 208, 202)  # of the terminal's 256 colours, from few blocks to all
+SHADES = (230, 222, 215, 208, 202)  # of a terminal's 256 colours, for few blocks to all of them
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
-def visible(piece):
-    """A token's text with nothing in it that is invisible or acts on a terminal. A newline still ends the line."""
+def visible(text):
+    """A token's text with nothing in it that can't be seen or that acts on a terminal. Newlines still end a line."""
 
     def picture(c):
         if c.isprintable():
             return c
-        if c < " ":
-            return chr(0x2400 + ord(c)) + "\n" * (c == "\n")  # the control pictures, such as ␊ and ␉
-        return c.encode("unicode_escape").decode()
+        return {"\n": "↵\n", "\t": "⇥"}.get(c) or c.encode("unicode_escape").decode()
 
-    return "".join(map(picture, piece)) or "·"
+    return "".join(map(picture, text)) or "·"
 
 
 class DepthView:
-    """Prints tokens shaded by how many of n_routed blocks processed them, or with that number beneath."""
+    """Prints tokens shaded by how many of n_routed blocks processed them, or without color with marks beneath."""
 
     def __init__(self, n_routed, color):
         self.n_routed, self.color = n_routed, color
-        self.text = self.marks = ""
+        self.text = self.marks = ""  # the line so far, where marks are needed
 
     def shade(self, text, depth):
-        """text in the colour of depth: none of its own for 0, underlined for None."""
         if not depth:
             return text if depth == 0 else f"\033[4m{text}\033[0m"
-        background = SHADES[math.ceil(depth / self.n_routed * len(SHADES)) - 1]
-        return f"\033[38;5;16;48;5;{background}m{text}\033[0m"
+        color = SHADES[math.ceil(depth / self.n_routed * len(SHADES)) - 1]
+        return f"\033[38;5;16;48;5;{color}m{text}\033[0m"
+
+    def mark(self, depth):
+        return "-" if depth is None else DIGITS[min(depth, len(DIGITS) - 1)]
 
     def legend(self):
-        end = "- or underlined: not fed to the model. · is a part of a character."
-        numbers = range(self.n_routed + 1)
-        if self.color:
-            scale = " ".join(self.shade(f" {n} ", n) for n in numbers)
-            return f"processed by {scale} of {self.n_routed} routed blocks. {end}"
-        scale = f"0 to {DIGITS[min(self.n_routed, len(DIGITS) - 1)]}"
-        return f"beneath each token, how many of {self.n_routed} routed blocks processed it: {scale}. {end}"
+        how, shade = ("Beneath", lambda text, depth: text) if not self.color else ("Shaded", self.shade)
+        scale = " ".join(shade(f" {self.mark(n)} ", n) for n in range(self.n_routed + 1))
+        return f"{how}: how many of {self.n_routed} routed blocks processed a token, {scale}; " + (
+            f"{shade('-', None)} was not fed to the model; · is a part of a character"
+        )
 
     def show(self, piece, depth):
-        text = visible(piece)
-        if self.color:
-            # Colour off before the newline, or some terminals paint the rest of the line.
-            lines = text.split("\n")
-            sys.stdout.write("\n".join(self.shade(line, depth) if line else "" for line in lines))
-            return
-        mark = "-" if depth is None else DIGITS[min(depth, len(DIGITS) - 1)]
-        *whole, rest = text.split("\n")
-        for line in whole:
-            self.text, self.marks = self.text + line, self.marks + mark.ljust(len(line))
-            self.end()
-        self.text, self.marks = self.text + rest, self.marks + (mark.ljust(len(rest)) if rest else "")
-        if len(self.text) >= 80:
-            self.end()
+        for line in visible(piece).splitlines(keepends=True):
+            text = line.rstrip("\n")
+            if self.color:  # off before the newline, or a terminal may paint the rest of the line
+                sys.stdout.write(self.shade(text, depth) + line[len(text) :])
+                continue
+            self.text, self.marks = self.text + text, self.marks + self.mark(depth).ljust(len(text))
+            if text != line or len(self.text) >= 80:
+                self.end()
 
     def end(self):
         if self.text:
             sys.stdout.write(f"{self.text}\n{self.marks}\n")
         self.text = self.marks = ""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# --bench
+
+WAYS = {
+    "fast": "fast path: a skipped block does no work",
+    "all_blocks": "every block computed, result thrown away",
+    "dense": "dense model of the same shape",
+    "no_cache": "no cache: the text anew for each token",
+}
+
+
+class ComputeAll(RoutedBlock):
+    """Decides as a routed block does, but processes and caches every token and then throws the result away."""
+
+    def forward(self, x, rope, causal=False, threshold=0.0, cache=None):
+        return self.throw_away(x, threshold, super().forward(x, rope, causal, -math.inf, cache))
+
+    def step(self, x, rope, threshold, cache):
+        return self.throw_away(x, threshold, super().step(x, rope, -math.inf, cache))
+
+    def throw_away(self, x, threshold, result):
+        new, route = result
+        taken = route.logit > threshold
+        return torch.where(taken[..., None], new, x), route._replace(taken=taken)
+
+
+def computing_all(model):
+    """A copy of the model that computes every block."""
+    twin = copy.deepcopy(model)
+    for block in twin.blocks:
+        if isinstance(block, RoutedBlock):
+            block.__class__ = ComputeAll
+    return twin
+
+
+def dense_twin(model):
+    """A dense model of the same shape and with the same weights, of which it has no router's or predictor's."""
+    twin = MoD(dataclasses.replace(model.config, capacity=1.0)).to(model.rope.device).eval()
+    weights = {name.replace(".block.", "."): weight for name, weight in model.state_dict().items()}
+    twin.load_state_dict(weights, strict=False)
+    return twin
+
+
+@torch.inference_mode()
+def generate_without_cache(model, text, threshold):
+    """Continue text (B, T) for ever, the whole of it recomputed for each token. Yields tokens (B, 1)."""
+    while True:
+        logits, _, _ = model(text[:, -model.config.block_size :], causal=True, threshold=threshold)
+        text = torch.cat((text, sample(logits[:, -1])), dim=1)
+        yield text[:, -1:]
+
+
+def synchronize(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def bench(model, prompt, num_tokens=64, rounds=5, threshold=0.0):
+    """Tokens per second of the four WAYS to continue prompt (B, T), at temperature 1 with a fixed seed.
+
+    Timed are num_tokens steps after the first WARMUP; without a cache fewer, halfway through. A figure is the
+    median over rounds, in each of which the ways take turns, after one that isn't counted. Returns a dict:
+    *_tok_s count the tokens of all rows; context is the length of the text at the end, share the part of the
+    tokens that routed blocks took, ideal the FLOPs of dense over fast at that share; *cache_bytes are in use.
+    """
+    config, device = model.config, prompt.device
+    B, T = prompt.shape
+    models = {"fast": model, "all_blocks": computing_all(model), "dense": dense_twin(model)}
+    taken, cache_bytes = [], {}
+
+    def measure(way):
+        if way == "no_cache":
+            untimed, n = 1, math.ceil(num_tokens / 16)
+            text = torch.cat((prompt, prompt[:, :1].expand(-1, num_tokens // 2)), dim=1)
+            steps = generate_without_cache(model, text, threshold)
+        else:
+            untimed, n = WARMUP, num_tokens
+            steps = models[way].generate(prompt, untimed + n, threshold=threshold)
+        torch.manual_seed(0)
+        for _ in range(untimed):
+            next(steps)
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(n):
+            output = next(steps)
+            if way == "fast":
+                taken.append(output[2].taken)
+        synchronize(device)
+        seconds = time.perf_counter() - start
+        if way != "no_cache":
+            cache_bytes[way] = sum(kv.bytes_used for kv in output[3])
+        return B * n / seconds
+
+    rates = [{way: measure(way) for way in WAYS} for _ in range(rounds + 1)][1:]
+    share = torch.cat(taken).float().mean().item()
+    keys = T + WARMUP + num_tokens / 2  # in a dense block's cache, on average;
+    length = 2 * keys  # and a text of this length has as many for its mean position
+    return {
+        "device": device_name(device),
+        "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
+        "n_layer": config.n_layer,
+        "n_embd": config.n_embd,
+        "batch": B,
+        "context": T + WARMUP + num_tokens,
+        "share": share,
+        **{f"{way}_tok_s": statistics.median(rate[way] for rate in rates) for way in WAYS},
+        "ideal": dense_flops(config, length) / config.flops_per_token(length, share),
+        "cache_bytes": cache_bytes["fast"],
+        "dense_cache_bytes": cache_bytes["dense"],
+        "torch": torch.__version__,
+    }
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type
+
+
+def bench_table(row):
+    """A row of bench as text for a person."""
+    lines = [
+        f"{row['device']}, {row['dtype']}, torch {row['torch']}: {row['n_layer']} blocks, {row['n_embd']} wide, "
+        f"batch {row['batch']}, context {row['context']}, {row['share']:.1%} taken by routed blocks",
+        f"{'':42}{'tokens/s':>10}{'x dense':>10}",
+    ]
+    for way, text in WAYS.items():
+        rate = row[f"{way}_tok_s"]
+        lines.append(f"{text:42}{rate:>10,.1f}{rate / row['dense_tok_s']:>10.2f}")
+    lines.append(f"{'ideal: what FLOPs say about the fast path':52}{row['ideal']:>10.2f}")
+    lines.append(f"KV cache: {row['cache_bytes']:,} bytes, dense {row['dense_cache_bytes']:,}")
+    return "\n".join(lines)
+
+
+def bench_checkpoint(model, prompt, config):
+    """Bench at batch 1 and an almost full context, on text that the model itself wrote after prompt, a list of ids."""
+    size = model.config.block_size
+    num_tokens = min(64, size // 2)
+    idx = torch.tensor([prompt], device=model.rope.device)
+    torch.manual_seed(config.seed)
+    written = [token for token, *_ in model.generate(idx, size, threshold=config.threshold)]
+    idx = torch.cat((idx, *written), dim=1)[:, -max(1, size - WARMUP - num_tokens) :]
+    row = bench(model, idx, num_tokens, threshold=config.threshold)
+    print(bench_table(row), file=sys.stderr)
+    with write_atomic(Path(config.out) / "bench.json") as file:
+        file.write(json.dumps({"rows": [row]}, indent=2).encode() + b"\n")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The command
+
+
+def main(argv):
+    config = SampleConfig(**vars(make_parser(SampleConfig, "Sample from a checkpoint.").parse_args(argv)))
+    check(config)
+    sys.stdout.reconfigure(encoding="utf-8")  # Windows has another default
+    model, checkpoint = load_checkpoint(config.out, pick_device(config.device))
+    tokenizer = get_tokenizer(checkpoint["meta"]["tokenizer"])
+    n_routed = sum(map(model.config.is_routed, range(model.config.n_layer)))
+    if not n_routed and (config.show_depth or config.html or config.bench):
+        raise UserError(f"{config.out} has no routed block; --show_depth, --html and --bench need one")
+    prompt = read_prompt(config.prompt, tokenizer, model.config.vocab_size)
+    if config.bench:
+        return bench_checkpoint(model, prompt, config)
+
+    view = None
+    if config.show_depth:
+        view = DepthView(n_routed, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+        print(view.legend(), file=sys.stderr)
+    texts = []
+    for i in range(config.num_samples):
+        if config.num_samples > 1:
+            print(f"--- {i + 1} of {config.num_samples}, seed {config.seed + i}", file=sys.stderr, flush=True)
+        torch.manual_seed(config.seed + i)
+        decoder = utf8_decoder()
+        texts.append(Text())
+        for token in draw(model, prompt, config, texts[-1]):
+            piece = decoder.decode(token_bytes(tokenizer, token.id))
+            if view:
+                view.show(piece, None if token.route is None else int(token.route[0].sum()))
+            elif token.probability is not None or token.id != tokenizer.eot_token:
+                sys.stdout.write(piece)  # but not the end-of-text that stands for an empty prompt
+            sys.stdout.flush()
+        if view:
+            view.end()
+        else:
+            sys.stdout.write(decoder.decode(b"", final=True))
+        print(flush=True)
+    report(model, texts)
+    if config.html:
+        page = html_page(model, tokenizer, texts, config.out)
+        with write_atomic(config.html) as file:
+            file.write(page.encode())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# --html
+
+
+def html_page(model, tokenizer, texts, name):
+    """A self-contained page (str): tokens shaded by depth, and what happened to one that is hovered or tapped."""
+    layers = [i for i in range(model.config.n_layer) if model.config.is_routed(i)]
+    gate = model.blocks[layers[0]].gate
+    body, data = [], []
+
+    def span(text, depth):
+        kind, depth = ("unfed", 0) if depth is None else ("fed", depth / len(layers))
+        return f'<span class="{kind}" tabindex="0" style="--depth:{depth:.3f}">{html.escape(text)}</span>'
+
+    for text in texts:
+        decoder = utf8_decoder()
+        body.append("<pre>")
+        for token in text.tokens:
+            depth, blocks = None, []
+            if token.route is not None:
+                taken, weight, logit = token.route
+                depth = int(taken.sum())
+                blocks = torch.stack((logit.sigmoid(), gate(weight), taken), dim=1).tolist()
+            body.append(span(visible(decoder.decode(token_bytes(tokenizer, token.id))), depth))
+            data.append([token.id, token.probability, blocks])
+        body.append("</pre>")
+    parts = {
+        "LAYERS": json.dumps(layers),
+        "DATA": json.dumps(data),
+        "SCALE": "".join(span(f" {n} ", n) for n in range(len(layers) + 1)),
+        "NAME": html.escape(name),
+        "BODY": "".join(body),
+    }
+    head, *rest = PAGE.split("$$")  # text, name, text, name, ..., so that nothing in a part is replaced again
+    return head + "".join(parts[key] + text for key, text in zip(rest[::2], rest[1::2], strict=True))
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Where the compute went</title>
+<style>
+:root { color-scheme: light dark; --shade: 255, 140, 0; --back: #fff; --text: #1b1b1b; --faint: #666; --line: #ccc; }
+@media (prefers-color-scheme: dark) {
+  :root { --shade: 190, 85, 0; --back: #161616; --text: #eee; --faint: #a0a0a0; --line: #444; }
+}
+body { margin: 0 auto; padding: 1rem; max-width: 60rem; background: var(--back); color: var(--text);
+       font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.3rem; margin: 0 0 .5rem; }
+pre { font: 15px/1.6 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+      margin: 1rem 0; padding-top: 1rem; border-top: 1px solid var(--line); }
+.fed { background: rgba(var(--shade), calc(var(--depth) * .9)); white-space: pre-wrap; }
+.unfed { border-bottom: 2px dotted var(--faint); }
+.on, pre span:hover { outline: 2px solid var(--text); }
+#scale span { border: 1px solid var(--line); }
+#card { position: sticky; bottom: 0; max-height: 45vh; overflow: auto; padding: .6rem 0; background: var(--back);
+        border-top: 1px solid var(--line); font-variant-numeric: tabular-nums; }
+code { font-size: 1.1em; white-space: pre-wrap; background: rgba(128, 128, 128, .25); padding: 0 .3em; }
+table { border-collapse: collapse; }
+th, td { padding: .1rem 1.1rem .1rem 0; text-align: left; font-weight: normal; }
+th, .skipped { color: var(--faint); }
+</style>
+<h1>Where the compute went</h1>
+<div>Text from the Mixture-of-Depths model in <b>$$NAME$$</b>. The shade of a token says how many routed blocks
+processed it: <span id="scale">$$SCALE$$</span>. Dotted: not fed to the model. Hover, tap or focus one.</div>
+$$BODY$$
+<div id="card">No token chosen yet.</div>
+<script>
+const layers = $$LAYERS$$, tokens = $$DATA$$;  // id, probability, [predictor's probability, gate, taken] by block
+const card = document.getElementById("card"), spans = document.querySelectorAll("pre span");
+function add(parent, tag, text) {
+  const child = document.createElement(tag);
+  child.textContent = text;
+  parent.append(child);
+  return child;
+}
+function show(i) {
+  const [id, probability, blocks] = tokens[i];
+  document.querySelectorAll(".on").forEach(span => span.classList.remove("on"));
+  spans[i].classList.add("on");
+  card.textContent = "";
+  add(card, "code", spans[i].textContent.trimEnd() || " ");
+  add(card, "span", ` token ${id}, ` + (probability === null ? "given" : `probability ${probability.toPrecision(3)}`));
+  if (!blocks.length) { add(card, "div", "not fed to the model: no block has seen it"); return; }
+  const table = add(card, "table", ""), head = add(table, "tr", "");
+  for (const name of ["block", "predictor", "gate", ""]) add(head, "th", name);
+  blocks.forEach(([chance, gate, taken], j) => {
+    const row = add(table, "tr", "");
+    row.className = taken ? "processed" : "skipped";
+    for (const text of [layers[j], chance.toFixed(3), gate.toFixed(3), row.className]) add(row, "td", text);
+  });
+}
+spans.forEach((span, i) => {
+  for (const event of ["mouseover", "focus", "click"]) span.addEventListener(event, () => show(i));
+});
+</script>
+</html>
+"""
+
+if __name__ == "__main__":
+    run(main)

@@ -68,6 +68,13 @@ def raw_input(block, x, r, score, logit):
     return r, r, logit
 
 
+def detached(block, x, r, score, logit):
+    """The router learns, but does not bend the residual stream to its needs."""
+    with torch.autocast(x.device.type, enabled=False):
+        r = block.router(mod.norm(x.float().detach())).squeeze(-1)
+    return r, r, logit
+
+
 def handmade(block, x, r, score, logit):
     """Not learned: tokens right after something other than a letter or digit first."""
     if TOKENS is None or TOKENS.shape != r.shape:
@@ -113,6 +120,15 @@ VARIANTS = {  # name: (flags, patch or None)
     "random": ({"routing": "random"}, None),
     "handmade": ({}, lambda: (keep_tokens(), change_score(handmade))),
     "centred": ({}, lambda: change_score(centred)),
+    "detached": ({}, lambda: change_score(detached)),
+    "detached_centred": ({}, lambda: (change_score(detached), change_score(centred))),
+    "detached_lr_1": ({"router_lr_scale": 1}, lambda: change_score(detached)),
+    "detached_lr_0.3": ({"router_lr_scale": 0.3}, lambda: change_score(detached)),
+    "detached_routed_0.5": ({}, lambda: (change_score(detached), routed_lr(0.5))),
+    "detached_raw_gate": ({"gate": "raw"}, lambda: change_score(detached)),
+    "detached_noise_30": ({}, lambda: (change_score(detached), change_score(noise_until(0.3)))),
+    "detached_cap_0.25": ({"capacity": 0.25}, lambda: change_score(detached)),
+    "capacity_0.5": ({"capacity": 0.5}, None),
     "noise_30": ({}, lambda: change_score(noise_until(0.3))),
     "noise_60": ({}, lambda: change_score(noise_until(0.6))),
     "noise_30_centred": ({}, lambda: (change_score(noise_until(0.3)), change_score(centred))),

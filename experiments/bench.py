@@ -1,0 +1,77 @@
+"""Sampling speed over widths, batch sizes and contexts: writes assets/bench.json, a row for each.
+
+    python experiments/bench.py                             about an hour, on a machine that does nothing else
+    python experiments/bench.py --n_embd 128 --batch 1      one part of it
+
+The weights are random, which speed doesn't depend on; each routed block's decision is shifted so that it takes the
+share of the tokens that a trained one does, its capacity. Combinations of more than MAX_TOKENS tokens are left out.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from mod import MoD, MoDConfig, RoutedBlock  # noqa: E402
+from prepare_data import run, write_atomic  # noqa: E402
+from sample import WARMUP, bench, bench_table  # noqa: E402
+from train import pick_device  # noqa: E402
+
+MAX_TOKENS = 2**14  # of a batch and its context; the prompts alone would take minutes
+
+
+@torch.no_grad()
+def random_model(config, device):
+    """A model with random weights, none of them zero, whose routed blocks take `capacity` of random tokens."""
+    model = MoD(config).to(device).eval()
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.normal_(std=p.size(-1) ** -0.5)
+    idx = torch.randint(
+        config.vocab_size, (max(1, 2048 // config.block_size), config.block_size), device=device
+    )
+    routed = [block for block in model.blocks if isinstance(block, RoutedBlock)]
+    for i, block in enumerate(routed):  # in order, since the later ones see what the earlier ones do
+        logit = model(idx, causal=True)[2].logit[i]
+        block.predictor[-1].bias -= logit.flatten().quantile(1 - config.capacity)
+    return model
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description="Sampling speed over widths, batch sizes and contexts.")
+    parser.add_argument("--n_embd", type=int, nargs="+", default=[128, 256, 512, 768], help="multiples of 64")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument(
+        "--context", type=int, nargs="+", default=[128, 1024], help="length of the text at the end"
+    )
+    parser.add_argument("--n_layer", type=int, default=8)
+    parser.add_argument("--num_tokens", type=int, default=64, help="steps timed in each of the rounds")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device")
+    parser.add_argument("--out", type=Path, default=ROOT / "assets" / "bench.json")
+    args = parser.parse_args(argv)
+    device = pick_device(args.device)
+    rows = []
+    for n_embd, context in itertools.product(args.n_embd, args.context):
+        torch.manual_seed(0)
+        config = MoDConfig(block_size=context, n_layer=args.n_layer, n_head=n_embd // 64, n_embd=n_embd)
+        model = random_model(config, device)
+        for batch in args.batch:
+            if batch * context > MAX_TOKENS:
+                continue
+            shape = (batch, context - WARMUP - args.num_tokens)
+            prompt = torch.randint(config.vocab_size, shape, device=device)
+            rows.append(bench(model, prompt, args.num_tokens, args.rounds))
+            print(bench_table(rows[-1]), end="\n\n", flush=True)
+            with write_atomic(args.out) as file:
+                file.write(json.dumps({"rows": rows}, indent=2).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    run(main)

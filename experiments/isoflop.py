@@ -1,0 +1,139 @@
+"""Dense, MoD and random routing at equal training FLOPs: which shape of each family gets the lowest loss?
+
+    python experiments/isoflop.py --budgets 2e12 6e12 2e13                  the whole sweep, hours on two cores
+    python experiments/isoflop.py --budgets 2e12 --families mod --shapes 8x64 --seeds 0 1 2
+    python experiments/isoflop.py --plot                                    assets/isoflop.svg from the table
+
+A shape is LAYERSxWIDTH. Every run is a train.py run, resumed where it was stopped, and one line of
+assets/isoflop.csv; runs that stand there are not done again. "best" as the only shape takes each family's
+lowest so far (of seed 0), to confirm it with more seeds.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from experiments.sweep import read_table, sweep  # noqa: E402
+
+TABLE = ROOT / "assets" / "isoflop.csv"
+FAMILIES = {"dense": ["--capacity=1"], "mod": [], "random": ["--routing=random"]}
+SHAPES = {  # a MoD model of 2N blocks costs about what its N unrouted blocks cost, so it is swept at twice the depth
+    "dense": ["2x64", "3x64", "4x64", "6x64", "3x48", "4x48", "3x96", "4x96"],
+    "mod": ["4x64", "6x64", "8x64", "12x64", "6x48", "8x48", "6x96", "8x96"],
+    "random": ["4x64", "6x64", "8x64", "12x64", "6x48", "8x48", "6x96", "8x96"],
+}
+COLORS = {"dense": "#4477aa", "mod": "#cc3311", "random": "#999933"}
+
+
+def job(family, budget, shape, seed, batch_size, lr):
+    layers, width = map(int, shape.split("x"))
+    out = ROOT / "out" / "isoflop" / f"{family}-{budget:g}-{shape}-{batch_size}-{lr:g}-{seed}"
+    return {
+        "key": {
+            "family": family,
+            "budget": f"{budget:g}",
+            "shape": shape,
+            "batch_size": batch_size,
+            "lr": f"{lr:g}",
+            "seed": seed,
+        },
+        "out": out,
+        "command": [
+            "train.py", "--preset=cpu", *FAMILIES[family], f"--n_layer={layers}", f"--n_embd={width}",
+            f"--n_head={max(1, width // 32)}", f"--batch_size={batch_size}", f"--lr={lr}", f"--seed={seed}",
+            f"--flops={budget}", f"--out={out}",
+        ],
+    }  # fmt: skip
+
+
+def row_of(job, log):
+    header, last = log[0], log[-1]
+    return {
+        **job["key"],
+        "flops": f"{last['flops']:.4g}",
+        "params": header["params"],
+        "steps": last["step"],
+        "val_topk": f"{last['val_topk']:.4f}",
+        "val_causal": f"{last['val_causal']:.4f}",
+        "wall_s": f"{last['timing']['seconds']:.0f}",
+        "data_sha256": header["data_sha256"][:12],
+    }
+
+
+def lowest(rows, family, budget):
+    """The shape, batch size and learning rate of the lowest causal loss at seed 0."""
+    rows = [r for r in rows if r["family"] == family and float(r["budget"]) == budget and r["seed"] == "0"]
+    row = min(rows, key=lambda r: float(r["val_causal"]))
+    return row["shape"], int(row["batch_size"]), float(row["lr"])
+
+
+def plot(rows):
+    """Loss against parameters, a line per family and budget, and each family's lowest loss against FLOPs."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
+    budgets = sorted({float(r["budget"]) for r in rows})
+    for family, color in COLORS.items():
+        points = []
+        for budget, style in zip(budgets, ("o:", "s--", "^-", "D-."), strict=False):
+            runs = defaultdict(list)
+            for r in rows:
+                if r["family"] == family and float(r["budget"]) == budget:
+                    runs[r["shape"], r["batch_size"], r["lr"]].append(r)
+            if not runs:
+                continue
+            mean = {k: sum(float(r["val_causal"]) for r in rs) / len(rs) for k, rs in runs.items()}
+            curve = sorted((int(rs[0]["params"]), mean[k]) for k, rs in runs.items())
+            left.plot(*zip(*curve, strict=True), style, color=color, alpha=0.8, label=f"{family}, {budget:.0e}")
+            # The lowest among the configurations that were confirmed with the most seeds.
+            seeds = max(map(len, runs.values()))
+            best = min((k for k in runs if len(runs[k]) == seeds), key=mean.get)
+            losses = [float(r["val_causal"]) for r in runs[best]]
+            points.append((budget, mean[best], mean[best] - min(losses), max(losses) - mean[best]))
+        if points:
+            x, y, down, up = zip(*points, strict=True)
+            right.errorbar(x, y, yerr=(down, up), marker="o", color=color, capsize=3, label=family)
+    left.set(xlabel="parameters", ylabel="causal validation loss (nats per byte)", xscale="log")
+    left.legend(fontsize=7)
+    right.set(xlabel="training FLOPs", ylabel="lowest causal loss (mean, range of seeds)", xscale="log")
+    right.legend()
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(ROOT / "assets" / "isoflop.svg")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The isoFLOP sweep.")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[2e12, 6e12, 2e13], help="training FLOPs")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--shapes", nargs="+", help="LAYERSxWIDTH, or best (default: the sweep's list)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--plot", action="store_true", help="draw the table instead of running")
+    args = parser.parse_args()
+    rows = read_table(TABLE)
+    if args.plot:
+        plot(rows)
+        return
+    jobs = []
+    for budget in args.budgets:
+        for seed in args.seeds:
+            for family in args.families:
+                if args.shapes == ["best"]:
+                    shape, batch_size, lr = lowest(rows, family, budget)
+                    jobs.append(job(family, budget, shape, seed, batch_size, lr))
+                    continue
+                for shape in args.shapes or SHAPES[family]:
+                    jobs.append(job(family, budget, shape, seed, args.batch_size, args.lr))
+    sweep(jobs, TABLE, row_of, args.processes)
+
+
+if __name__ == "__main__":
+    main()
