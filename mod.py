@@ -126,7 +126,9 @@ class KVCache:
     """
 
     def __init__(self, batch, n_head, size, head_size, like):
-        self.k = like.new_zeros(batch, n_head, size, head_size)  # zeros, since a masked NaN would still be NaN
+        self.k = like.new_zeros(
+            batch, n_head, size, head_size
+        )  # zeros, since a masked NaN would still be NaN
         self.v = torch.zeros_like(self.k)
         self.length = [0] * batch  # on the host, where it costs no synchronisation to read
 
@@ -232,15 +234,16 @@ class RoutedBlock(nn.Module):
     def score(self, x):
         """For x (B, T, C), (B, T) each: r for the gate, the score that top-k ranks, the causal decision's logit."""
         with torch.autocast(x.device.type, enabled=False):  # in bfloat16 scores would tie and decisions flip
-            h = norm(x.float())
+            # The choosers read the residual stream and leave it alone: behind the detach, what they learn does not
+            # bend it. For the predictor that is section 3.5; for the router it is ours, and what makes routing pay.
+            h = norm(x.detach().float())
             r = self.router(h).squeeze(-1)  # section 3.4
             if self.config.routing == "random":
                 score = torch.rand_like(r)
                 return r, score, score - (1 - self.config.capacity)  # positive with probability capacity
             if self.predictor is None:
                 return r, r, r  # section 3.5, first way: r itself is trained to be positive for the top k
-            # Section 3.5, second way: behind the detach, learning to predict leaves the language model alone.
-            return r, r, self.predictor(h.detach()).squeeze(-1)
+            return r, r, self.predictor(h).squeeze(-1)  # section 3.5, second way
 
     def gate(self, r):
         # Multiplying the output by a function of r is what gives the router a gradient: choosing has none.

@@ -414,7 +414,7 @@ def train(config):
     )
     if not checkpoint:
         log({"train": dataclasses.asdict(config), "model": dataclasses.asdict(model_config), "params": n_params,
-             "data_sha256": meta["sha256"], "torch": torch.__version__})  # fmt: skip
+             "steps": steps, "data_sha256": meta["sha256"], "torch": torch.__version__})  # fmt: skip
 
     # Ctrl-C and SIGTERM: finish the step, save, and leave.
     stopping = []

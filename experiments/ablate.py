@@ -64,40 +64,29 @@ def noise_until(end, start=0.0):
 
 def raw_input(block, x, r, score, logit):
     """The router reads the residual stream itself, not its normalised form."""
-    r = block.router(x.float()).squeeze(-1)
+    r = block.router(x.detach().float()).squeeze(-1)
     return r, r, logit
 
 
-def detached(block, x, r, score, logit):
-    """The router learns, but does not bend the residual stream to its needs."""
+def attached(block, x, r, score, logit):
+    """As in the paper: the router's gradient reaches the residual stream too."""
     with torch.autocast(x.device.type, enabled=False):
-        r = block.router(mod.norm(x.float().detach())).squeeze(-1)
-    return r, r, logit
+        r = block.router(mod.norm(x.float())).squeeze(-1)
+    return (
+        (r, r, r if block.predictor is None else logit)
+        if block.config.routing == "topk"
+        else (r, score, logit)
+    )
 
 
-def handmade(block, x, r, score, logit):
-    """Not learned: tokens right after something other than a letter or digit first."""
-    if TOKENS is None or TOKENS.shape != r.shape:
-        return r, score, logit
-    t = TOKENS
-    alnum = ((t >= 48) & (t <= 57)) | ((t >= 65) & (t <= 90)) | ((t >= 97) & (t <= 122)) | (t == 95)
-    before = torch.cat((torch.zeros_like(alnum[:, :1]), alnum[:, :-1]), 1)
-    s = (~alnum & before).float() * 2 + (~alnum).float() + torch.rand_like(r) * 0.1
-    return r, s, logit
+def straight_through():
+    """The gate is 1 for every taken token; the router learns from the gradient that a sigmoid would have had."""
 
+    def gate(block, r):
+        g = r.sigmoid()
+        return 1 + (g - g.detach())
 
-TOKENS = None
-
-
-def keep_tokens():
-    forward = mod.MoD.forward
-
-    def patched(self, idx, *args, **kwargs):
-        global TOKENS
-        TOKENS = idx
-        return forward(self, idx, *args, **kwargs)
-
-    mod.MoD.forward = patched
+    mod.RoutedBlock.gate = gate
 
 
 def routed_lr(scale):
@@ -115,34 +104,33 @@ def routed_lr(scale):
 
 
 VARIANTS = {  # name: (flags, patch or None)
-    "base": ({}, None),
-    "dense_half": ({"capacity": 1, "n_layer": 4}, None),
+    "base": ({}, None),  # train.py's defaults
+    "dense_half": ({"capacity": 1, "n_layer": 4}, None),  # what is left without the routed blocks
+    "dense_full": ({"capacity": 1}, None),
     "random": ({"routing": "random"}, None),
-    "handmade": ({}, lambda: (keep_tokens(), change_score(handmade))),
+    "attached": ({}, lambda: change_score(attached)),
+    "attached_raw_gate": ({"gate": "raw"}, lambda: change_score(attached)),  # the paper, to the letter
+    "attached_noise_30_centred": (
+        {},
+        lambda: (change_score(attached), change_score(noise_until(0.3)), change_score(centred)),
+    ),
     "centred": ({}, lambda: change_score(centred)),
-    "detached": ({}, lambda: change_score(detached)),
-    "detached_centred": ({}, lambda: (change_score(detached), change_score(centred))),
-    "detached_lr_1": ({"router_lr_scale": 1}, lambda: change_score(detached)),
-    "detached_lr_0.3": ({"router_lr_scale": 0.3}, lambda: change_score(detached)),
-    "detached_routed_0.5": ({}, lambda: (change_score(detached), routed_lr(0.5))),
-    "detached_raw_gate": ({"gate": "raw"}, lambda: change_score(detached)),
-    "detached_noise_30": ({}, lambda: (change_score(detached), change_score(noise_until(0.3)))),
-    "detached_cap_0.25": ({"capacity": 0.25}, lambda: change_score(detached)),
-    "capacity_0.5": ({"capacity": 0.5}, None),
     "noise_30": ({}, lambda: change_score(noise_until(0.3))),
-    "noise_60": ({}, lambda: change_score(noise_until(0.6))),
-    "noise_30_centred": ({}, lambda: (change_score(noise_until(0.3)), change_score(centred))),
-    "noise_60_centred": ({}, lambda: (change_score(noise_until(0.6)), change_score(centred))),
+    "straight_through": ({}, straight_through),
+    "raw_gate": ({"gate": "raw"}, None),
+    "raw_input": ({}, lambda: change_score(raw_input)),
+    "fix_1": ({"causal": "router"}, None),
     "router_lr_1": ({"router_lr_scale": 1}, None),
     "router_lr_0.03": ({"router_lr_scale": 0.03}, None),
     "router_lr_0": ({"router_lr_scale": 0}, None),
-    "fix_1": ({"causal": "router"}, None),
-    "raw_gate": ({"gate": "raw"}, None),
-    "raw_input": ({}, lambda: change_score(raw_input)),
-    "capacity_0.25": ({"capacity": 0.25}, None),
-    "capacity_0.0625": ({"capacity": 0.0625}, None),
     "routed_lr_0.5": ({}, lambda: routed_lr(0.5)),
     "routed_lr_2": ({}, lambda: routed_lr(2.0)),
+    "capacity_0.0625": ({"capacity": 0.0625}, None),
+    "capacity_0.25": ({"capacity": 0.25}, None),
+    "capacity_0.5": ({"capacity": 0.5}, None),
+    "route_every_3": ({"route_every": 3}, None),
+    "context_1024": ({"block_size": 1024, "batch_size": 1}, None),
+    "dense_half_context_1024": ({"capacity": 1, "n_layer": 4, "block_size": 1024, "batch_size": 1}, None),
 }
 
 

@@ -1,6 +1,6 @@
 """Sampling speed over widths, batch sizes and contexts: writes assets/bench.json, a row for each.
 
-    python experiments/bench.py                             about an hour, on a machine that does nothing else
+    python experiments/bench.py                             all of it; on a machine that does nothing else
     python experiments/bench.py --n_embd 128 --batch 1      one part of it
 
 The weights are random, which speed doesn't depend on; each routed block's decision is shifted so that it takes the

@@ -19,47 +19,53 @@ def read_table(path):
         return list(csv.DictReader(file))
 
 
+def read_log(out):
+    """The lines of a run's log.jsonl, and whether the run has come to its end."""
+    path = out / "log.jsonl"
+    lines = (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
+    return lines, bool(lines) and lines[-1].get("step") == lines[0]["steps"]
+
+
 def sweep(jobs, table, row_of, processes):
     """Run jobs, dicts with "key" (columns that name the run), "out" and "command", that table has no row of yet.
 
     Each command is a train.py run into job["out"], resumed if it had been stopped. row_of(job, log) makes the
     row from the lines of its log.jsonl. One thread a process.
     """
-    done = [{k: row[k] for k in jobs[0]["key"]} for row in read_table(table)] if jobs else []
+    done = [{k: row[k] for k in jobs[0]["key"]} for row in read_table(table)]
     waiting = [job for job in jobs if {k: str(v) for k, v in job["key"].items()} not in done]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are in {table}; {len(waiting)} to go", flush=True)
     running = []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
         while waiting or running:
             while waiting and len(running) < processes:
-                job = waiting.pop(0)
-                resume = ["--resume"] if (job["out"] / "ckpt.pt").exists() else []
-                job["out"].mkdir(parents=True, exist_ok=True)
-                with open(job["out"] / "stderr.txt", "a") as log:
-                    process = subprocess.Popen(
-                        [sys.executable, *job["command"], *resume],
-                        cwd=ROOT,
-                        env=environment,
-                        stdout=log,
-                        stderr=log,
-                    )
-                running.append((job, process))
+                running.append(start(waiting.pop(0)))
             time.sleep(1)
             for job, process in [pair for pair in running if pair[1].poll() is not None]:
                 running.remove((job, process))
-                if process.returncode:
+                log, ended = read_log(job["out"])
+                if not ended:
                     raise SystemExit(f"{job['out']} failed: see stderr.txt there")
-                with open(job["out"] / "log.jsonl", encoding="utf-8") as file:
-                    row = row_of(job, [json.loads(line) for line in file])
+                row = row_of(job, log)
                 new = not table.exists()
                 with open(table, "a", encoding="utf-8", newline="") as file:
                     writer = csv.DictWriter(file, row)
                     if new:
                         writer.writeheader()
                     writer.writerow(row)
-                (job["out"] / "ckpt.pt").rename(job["out"] / "final.pt")
                 print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
     finally:
         for _, process in running:
             process.terminate()  # train.py saves and stops
+
+
+def start(job):
+    """A process for the job; it ends at once where the run had come to its end before its row was written."""
+    job["out"].mkdir(parents=True, exist_ok=True)
+    resume = ["--resume"] if (job["out"] / "ckpt.pt").exists() else []
+    with open(job["out"] / "stderr.txt", "a") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *job["command"], *resume]
+        return job, subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)

@@ -1,0 +1,169 @@
+"""Looks inside the routers of a checkpoint: which tokens they take, how firmly, and what another choice would give.
+
+    python experiments/router_stats.py out/mod                          markdown tables on standard output
+    python experiments/router_stats.py out/mod --dense out/dense_half   "hard" means: to that model
+    python experiments/router_stats.py out/mod --other out/mod_seed_1   do both take the same tokens?
+
+On the validation tokens that train.py watches during a run. "Taken" means by top-k; a token's loss, in nats, is that
+of the prediction made at it. For byte-level runs.
+"""
+
+import argparse
+import keyword
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from mod import Route, RoutedBlock  # noqa: E402
+from prepare_data import UserError, load_data, run  # noqa: E402
+from train import EVAL_TOKENS, load_checkpoint  # noqa: E402
+
+KINDS = {  # of bytes: the first pattern that matches
+    "newline": r"\n",
+    "indentation": r"(?:(?<=\n)|\A)[ \t]+",
+    "other blank": r"[ \t\r\f]+",
+    "keyword": rf"\b(?:{'|'.join(keyword.kwlist)})\b",
+    "first letter of a word": r"\b[A-Za-z_]",
+    "later letter of a word": r"[A-Za-z_]",
+    "digit": r"[0-9]",
+    "bracket or quote": r"""[][(){}"']""",
+    "other punctuation": r"[!-~]",
+    "anything else": r"[\s\S]",
+}
+
+
+def kinds_of(tokens):
+    """The kind of each byte token of (N, T), as its number in KINDS, (N, T)."""
+    pattern = re.compile("|".join(f"({p})" for p in KINDS.values()), re.ASCII)
+    kinds = torch.zeros_like(tokens)
+    for row, text in zip(kinds, tokens.tolist(), strict=True):
+        for match in pattern.finditer("".join(map(chr, text))):
+            row[match.start() : match.end()] = match.lastindex - 1
+    return kinds
+
+
+def load(out, size=0):
+    """The byte-level model in out, on the CPU, and its validation data. UserError if its context is below size."""
+    model, checkpoint = load_checkpoint(out, "cpu")
+    _, data, meta = load_data(ROOT / checkpoint["train"]["data"])
+    if meta["tokenizer"] != "bytes" or meta["sha256"] != checkpoint["meta"]["sha256"]:
+        raise UserError(f"{out} was not trained on the bytes that are in {checkpoint['train']['data']} now")
+    if model.config.block_size < size:
+        raise UserError(f"{out} has a context of {model.config.block_size}, less than the other's {size}")
+    return model, data
+
+
+def windows(data, size):
+    """Evenly spread validation tokens and those that follow them, (N, size) each, as evaluate in train.py has them."""
+    starts = np.linspace(0, len(data) - 1 - size, max(1, min(EVAL_TOKENS, len(data) - 1) // size)).astype(int)
+    batch = torch.from_numpy(np.stack([data[i : i + size + 1] for i in starts]).astype(np.int64))
+    return batch[:, :-1], batch[:, 1:]
+
+
+@torch.no_grad()
+def look(model, x, y, rank=None, **options):
+    """The loss at each token of x (N, T), and the Route, (L, N, T) each, or None if the model is dense.
+
+    With rank, top-k takes the tokens that have the highest rank(rows) in these rows of x, rather than by r.
+    """
+    torch.manual_seed(0)  # where a choice is random
+    score, losses, routes = RoutedBlock.score, [], []
+    for rows in torch.arange(len(x)).split(16):
+        if rank:
+            RoutedBlock.score = lambda block, h, rows=rows: (
+                score(block, h)[0],
+                rank(rows),
+                score(block, h)[2],
+            )
+        logits, _, route = model(x[rows], **options)
+        losses.append(F.cross_entropy(logits.transpose(1, 2), y[rows], reduction="none"))
+        routes.append(route)
+    RoutedBlock.score = score
+    return torch.cat(losses), routes[0] and Route(*(torch.cat(part, 1) for part in zip(*routes, strict=True)))
+
+
+def quantile_of(values, n):
+    """Which of n equally large groups each value belongs to, 0 the lowest; the same shape."""
+    return (values.flatten().argsort().argsort() * n // values.numel()).view(values.shape)
+
+
+def table(title, header, rows):
+    print(f"\n### {title}\n\n| {' | '.join(header)} |\n|{' --- |' * len(header)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+def percent(mask):
+    return f"{100 * mask.float().mean():.1f} %" if mask.numel() else "-"
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description="Which tokens do the routers of a checkpoint take?")
+    parser.add_argument("out", nargs="?", default="out/mod", help="folder of the checkpoint")
+    parser.add_argument("--dense", help="folder of a dense model: hard is what has a high loss under it")
+    parser.add_argument("--other", help="folder of a checkpoint whose choice is compared with this one's")
+    args = parser.parse_args(argv)
+    model, data = load(args.out)
+    T, k = model.config.block_size, model.config.k(model.config.block_size)
+    x, y = windows(data, T)
+    topk, route = look(model, x, y)
+    if route is None:
+        raise UserError(f"{args.out} is a dense model; train one that has routers with `python train.py`")
+    skip, _ = look(model, x, y, causal=True, threshold=math.inf)
+    hard = look(load(args.dense, T)[0], x, y)[0] if args.dense else skip
+    hard_by = args.dense or "this model with every routed block skipped"
+    print(f"## {args.out}: {x.numel():,} validation tokens, top-k takes {k} of {T}; hard: for {hard_by}")
+    losses = {
+        "top-k": topk,
+        "causal": look(model, x, y, causal=True)[0],
+        "every routed block skipped": skip,
+        "random, as many tokens": look(model, x, y, rank=lambda rows: torch.rand(len(rows), T))[0],
+        "oracle: the hard tokens, as many": look(model, x, y, rank=lambda rows: hard[rows])[0],
+    }
+    rows = [(way, f"{v.mean():.4f}", f"{v.mean() - topk.mean():+.4f}") for way, v in losses.items()]
+    table("Loss by who is chosen", ("choice", "nats per token", "over top-k"), rows)
+
+    names = [f"block {i}" for i in range(model.config.n_layer) if model.config.is_routed(i)]
+    rows, columns, all_of = [], [], x.flatten().bincount(minlength=257)
+    for name, taken, r, logit in zip(names, *route, strict=True):
+        gap = -r.sort(descending=True).values.diff()[:, k - 1].mean()
+        numbers = [f"{number:.3f}" for number in (r.std(), r[taken].mean(), r[~taken].mean(), gap)]
+        rows.append((name, *numbers, percent((logit > 0) == taken), percent(logit[taken] > 0)))
+        of = x[taken].bincount(minlength=257)
+        share, lift, part = of / all_of, of / all_of * T / k, of / of.sum()
+        top = [(ascii(chr(v)).replace("|", "\\|"), share[v], lift[v], part[v]) for v in of.topk(12).indices]
+        columns.append([f"{byte} {share:.0%} ({lift:.1f} x), {part:.0%}" for byte, share, lift, part in top])
+    header = "block", "std of r", "mean r, taken", "not taken", "k-th r above the next by", "agree", "recall"
+    table("How firmly: the router's r, and the causal decision on the same tokens", header, rows)
+    title = "The bytes that fill each block: share of the byte that is taken (lift), its part of all that is taken"
+    table(title, names, zip(*columns, strict=True))
+
+    groups = [
+        (f"position in the context, quarter {q}", torch.arange(T).expand_as(x) * 4 // T == q - 1)
+        for q in (1, 2, 3, 4)
+    ]
+    groups += [(f"loss, quarter {q} (4 is hard)", quantile_of(hard, 4) == q - 1) for q in (1, 2, 3, 4)]
+    groups += [(kind, kinds_of(x) == i) for i, kind in enumerate(KINDS)]
+    rows = [
+        (group, percent(g), *(percent(taken[g]) for taken in (*route.taken, route.taken.any(0))))
+        for group, g in groups
+    ]
+    table("Share taken", ("of the tokens", "part of the text", *names, "by any block"), rows)
+
+    if args.other:
+        other = look(load(args.other, T)[0], x, y)[1].taken
+        rows = [(name, *(percent(b[a]) for b in other)) for name, a in zip(names, route.taken, strict=True)]
+        title = f"Of what a block takes, that which blocks of {args.other} take too (by chance {k / T:.1%})"
+        table(title, ("block", *(f"its routed block {j + 1}" for j in range(len(other)))), rows)
+
+
+if __name__ == "__main__":
+    run(main)
