@@ -101,17 +101,17 @@ def norm(x):
 
 
 def rotary_table(block_size, head_size):
-    """Cosines and sines of position times frequency, (2, block_size, D / 2)."""
+    """Cosine and sine of position times frequency, (2, block_size, D); the sines of the first half are negated."""
     frequency = 10000.0 ** -(torch.arange(0, head_size, 2) / head_size)
     angle = torch.arange(block_size)[:, None] * frequency
-    return torch.stack((angle.cos(), angle.sin()))
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)))
 
 
 def rotate(x, rope):
-    """Turn each half-pair of x (B, H, T, D) by its token's angle; rope (2, B or 1, 1, T, D / 2)."""
+    """Turn the pairs (x_i, x_{i + D/2}) of x (B, H, T, D) by their token's angle; rope (2, B or 1, 1, T, D)."""
     cos, sin = rope.to(x.dtype)
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ class KVCache:
             self.k[:, :, S - 1 : S], self.v[:, :, S - 1 : S] = k, v
             return self.k[:, :, :S], self.v[:, :, :S], None
         row, end = torch.tensor([rows, length], device=k.device)
-        self.k[row, :, end - 1], self.v[row, :, end - 1] = k[:, :, 0].to(self.k), v[:, :, 0].to(self.v)
+        self.k[row, :, end - 1], self.v[row, :, end - 1] = k[:, :, 0], v[:, :, 0]
         mask = torch.arange(S, device=k.device) < end[:, None]  # (R, S)
         return self.k[row, :, :S], self.v[row, :, :S], mask[:, None, None]
 
@@ -205,7 +205,7 @@ class Block(nn.Module):
         remember puts new keys and values into a cache and returns what there is to attend to, with a mask.
         """
         attended = self.attention(norm(x), rope, remember)
-        return attended + self.down(F.gelu(self.up(norm(x + attended))))
+        return attended + self.down(F.gelu(self.up(norm(x + attended)), approximate="tanh"))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -229,30 +229,44 @@ class RoutedBlock(nn.Module):
         self.router = nn.Linear(C, 1, bias=False)
         self.predictor = None
         if config.causal == "predictor" and config.routing == "topk":
-            self.predictor = nn.Sequential(nn.Linear(C, C // 4), nn.GELU(), nn.Linear(C // 4, 1))
+            self.predictor = nn.Sequential(nn.Linear(C, C // 4), nn.GELU("tanh"), nn.Linear(C // 4, 1))
 
-    def score(self, x):
-        """For x (B, T, C), (B, T) each: r for the gate, the score that top-k ranks, the causal decision's logit."""
-        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 scores would tie and decisions flip
-            # The choosers read the residual stream and leave it alone: behind the detach, what they learn does not
-            # bend it. For the predictor that is section 3.5; for the router it is ours, and what makes routing pay.
-            h = norm(x.detach().float())
-            r = self.router(h).squeeze(-1)  # section 3.4
-            if self.config.routing == "random":
-                score = torch.rand_like(r)
-                return r, score, score - (1 - self.config.capacity)  # positive with probability capacity
-            if self.predictor is None:
-                return r, r, r  # section 3.5, first way: r itself is trained to be positive for the top k
-            return r, r, self.predictor(h).squeeze(-1)  # section 3.5, second way
+    def read(self, x):
+        """What router and predictor see of x (B, T, C): float32, since in bfloat16 scores tie and decisions flip.
+
+        Behind the detach they leave the residual stream alone: learning to choose does not bend it. For the
+        predictor that is section 3.5; for the router it is ours, and what makes routing pay (see README).
+        """
+        return norm(x.detach().float())
+
+    def weigh(self, seen):
+        """The router's output r for each token, (B, T): a weight for the gate. Section 3.4."""
+        return self.router(seen).squeeze(-1)
+
+    def rank(self, r):
+        """What top-k ranks the tokens by, (B, T): r, or noise in the control (section 3.3)."""
+        return r if self.config.routing == "topk" else torch.rand_like(r)
+
+    def decide(self, seen, r):
+        """The causal decision, each token by itself: a logit (B, T), positive to take it. Section 3.5.
+
+        By the predictor, or, the paper's other way, by r itself, then trained to be positive for the top k.
+        """
+        if self.config.routing == "random":
+            return torch.rand_like(r) - (1 - self.config.capacity)
+        return r if self.predictor is None else self.predictor(seen).squeeze(-1)
 
     def gate(self, r):
         # Multiplying the output by a function of r is what gives the router a gradient: choosing has none.
         return r if self.config.gate == "raw" else r.sigmoid()
 
     def forward(self, x, rope, causal=False, threshold=0.0, cache=None):
-        """x (B, T, C) -> new x, Route. rope (2, T, D / 2). T > 1 with a cache is a prompt: the cache is empty."""
+        """x (B, T, C) -> new x, Route. rope (2, T, D). T > 1 with a cache is a prompt: the cache is empty."""
         B, T, C = x.shape
-        r, score, logit = self.score(x)
+        with torch.autocast(x.device.type, enabled=False):
+            seen = self.read(x)
+            r = self.weigh(seen)
+            logit = self.decide(seen, r)
         if causal:
             taken = logit > threshold
             count = taken.sum(dim=1).tolist()
@@ -261,7 +275,7 @@ class RoutedBlock(nn.Module):
             idx_BK = taken.int().argsort(dim=1, descending=True, stable=True)[:, : max(count)]
         else:
             # Sorted by position, since attention among the taken tokens is causal in time, not in score.
-            idx_BK = score.topk(self.config.k(T), dim=1).indices.sort(dim=1).values
+            idx_BK = self.rank(r).topk(self.config.k(T), dim=1).indices.sort(dim=1).values
             taken = torch.zeros_like(r, dtype=torch.bool).scatter(1, idx_BK, True)
         route = Route(taken, r, logit)
         if idx_BK.size(1) == 0:
@@ -269,17 +283,19 @@ class RoutedBlock(nn.Module):
 
         gate_BK = (self.gate(r) * taken).gather(1, idx_BK)  # 0 for padding
         idx_BKC = idx_BK[..., None].expand(-1, -1, C)
-        rope_BK = rope[:, idx_BK][:, :, None]  # (2, B, 1, k, D / 2): the angles of the tokens' real positions
+        rope_BK = rope[:, idx_BK][:, :, None]  # (2, B, 1, k, D): the angles of the tokens' real positions
         remember = partial(cache.fill, length=count) if cache is not None else None
         delta_BKC = self.block(x.gather(1, idx_BKC), rope_BK, remember)
         return x.scatter_add(1, idx_BKC, gate_BK[..., None] * delta_BKC), route
 
     def step(self, x, rope, threshold, cache):
         """The causal choice for one new token per row, x (B, 1, C): rows that don't take it are not computed."""
-        r, _, logit = self.score(x)
+        seen = self.read(x)
+        r = self.weigh(seen)
+        logit = self.decide(seen, r)
         taken = logit > threshold
         route = Route(taken, r, logit)
-        rows = [row for row, yes in enumerate(taken.flatten().tolist()) if yes]
+        rows = [row for row, yes in enumerate(taken.flatten().tolist()) if yes]  # the one wait for the device
         if not rows:
             return x, route
         row = torch.tensor(rows, device=x.device)
@@ -362,7 +378,8 @@ class MoD(nn.Module):
             if start == size:
                 feed = text[:, -max(1, size // 2) :]
                 cache, start = self.new_cache(len(idx)), 0
-            logits, _, route = self(feed, causal=True, threshold=threshold, cache=cache, start=start)
+            with torch.autocast(idx.device.type, enabled=False):  # the cache has the dtype of the weights
+                logits, _, route = self(feed, causal=True, threshold=threshold, cache=cache, start=start)
             start += feed.size(1)
             feed = sample(logits[:, -1], temperature, top_k, top_p)
             text = torch.cat((text[:, -size:], feed), dim=1)

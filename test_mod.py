@@ -9,20 +9,57 @@ implementations have, or one that is easily made.
 """
 
 import ast
+import dataclasses
+import hashlib
+import html
 import importlib.util
+import io
+import json
 import math
+import os
+import platform
+import re
 import shutil
+import signal
+import subprocess
 import sys
+import threading
+import time
+import zipfile
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiktoken
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import mod
+import prepare_data
+import train
 from mod import MoD, MoDConfig, RoutedBlock, sample
+from prepare_data import EOT, UserError, get_tokenizer, load_data, prepare
+from sample import (
+    WAYS,
+    DepthView,
+    SampleConfig,
+    Text,
+    computing_all,
+    dense_twin,
+    draw,
+    read_prompt,
+    token_bytes,
+    visible,
+)
+from sample import main as sample_main
+from train import TrainConfig, load_checkpoint
+
+HERE = Path(__file__).resolve().parent
 
 # ---------------------------------------------------------------------------------------------------------
 # Helpers
@@ -122,6 +159,10 @@ def part(name):
 # The model: against references written out here, in float64, that share nothing with mod.py but the weights
 
 
+def gelu(x):
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
 def rms(x):
     return x / (x.square().mean(-1, keepdim=True) + 1e-7).sqrt()
 
@@ -147,7 +188,7 @@ def dense_reference(model, idx):
         p = (q @ k.transpose(-1, -2) / math.sqrt(q.size(-1)) + mask).exp()
         y = (p / p.sum(-1, keepdim=True) @ v).transpose(1, 2).reshape(B, T, -1)
         x = x + y @ W[f"blocks.{i}.attention.out.weight"].T
-        x = x + F.gelu(rms(x) @ W[f"blocks.{i}.up.weight"].T) @ W[f"blocks.{i}.down.weight"].T
+        x = x + gelu(rms(x) @ W[f"blocks.{i}.up.weight"].T) @ W[f"blocks.{i}.down.weight"].T
     return rms(x) @ W["head.weight"].T
 
 
@@ -164,7 +205,7 @@ def block_reference(W, prefix, x, position, H):
             weight = score.exp() / score.exp().sum()
             heads.append(sum(w * v[h, 0] for w, v in zip(weight, values, strict=True)))
         attended = W[prefix + "attention.out.weight"] @ torch.cat(heads)
-        hidden = F.gelu(W[prefix + "up.weight"] @ rms(x_i + attended))
+        hidden = gelu(W[prefix + "up.weight"] @ rms(x_i + attended))
         deltas.append(attended + W[prefix + "down.weight"] @ hidden)
     return deltas
 
@@ -190,7 +231,7 @@ def mod_reference(model, idx, decide):
                     w0, b0, w2, b2 = (
                         W[f"{prefix}predictor.{n}"] for n in ("0.weight", "0.bias", "2.weight", "2.bias")
                     )
-                    logit = [(w2 @ F.gelu(w0 @ rms(x_t) + b0) + b2).item() for x_t in x]
+                    logit = [(w2 @ gelu(w0 @ rms(x_t) + b0) + b2).item() for x_t in x]
                 chosen = decide(layer, b, r, logit)
                 gate = r if c.gate == "raw" else [1 / (1 + math.exp(-r_t)) for r_t in r]
                 taken[layer, b, chosen] = True
@@ -922,11 +963,15 @@ def test_routers_and_predictors_stay_in_float32_under_autocast(causal, routing):
     assert all(route.weight[0, b].unique().numel() > 1 for b in range(3))
 
 
-def test_generation_under_autocast_is_finite():
+def test_generation_is_the_same_under_autocast():
+    """Trap: decisions taken in bfloat16, or keys of one dtype in a cache of another."""
     model, idx = decided()
+    plain = list(model.generate(idx[:, :6], 30, temperature=0))
     with torch.autocast("cpu", torch.bfloat16):
-        for new, logits, _, _ in model.generate(idx[:, :6], 30):
-            assert logits.isfinite().all() and new.shape == (3, 1)
+        for (new, logits, *_), (expected, *_) in zip(
+            model.generate(idx[:, :6], 30, temperature=0), plain, strict=True
+        ):
+            assert logits.dtype == torch.float32 and torch.equal(new, expected)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1033,3 +1078,1023 @@ def test_mod_imports_nothing_but_torch_and_the_standard_library_and_prints_nothi
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert before == (torch.initial_seed(), torch.get_num_threads(), torch.is_grad_enabled())
     assert capfd.readouterr() == ("", "")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# prepare_data.py
+
+TEXT = b"".join(b"line %d of the text\n" % i for i in range(200))
+NASTY = "naïve 😀 é\r\n\n".encode() + b"\x00\xff\xfe\x80" + EOT.encode() + bytes(range(256))
+
+
+def folder(path):
+    """What a directory holds: {relative name: bytes}."""
+    return {str(p.relative_to(path)): p.read_bytes() for p in Path(path).rglob("*") if p.is_file()}
+
+
+def decoded(tokenizer, tokens):
+    return tokenizer.decode_bytes(tokens.tolist())
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(TEXT)
+    return path
+
+
+@pytest.fixture
+def fake_gpt2(monkeypatch):
+    """Stands in for gpt2, whose vocabulary needs a network: real tiktoken, same name and size, no merges."""
+    ranks = {bytes([i]): i for i in range(256)}
+    enc = tiktoken.Encoding("gpt2", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens={EOT: 50256})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: enc)
+    return enc
+
+
+@pytest.fixture
+def fake_stdlib(tmp_path, monkeypatch):
+    """A small standard library; every kept file has text of its own, {its content} is what is returned."""
+    root = tmp_path / "stdlib"
+    kept = {f"m{i}.py": f"# module {i}\nx = {i}\n".encode() for i in range(36)}
+    kept |= {f"package/p{i}.py": f"# in the package: {i} é\n".encode() for i in range(4)}
+    kept["test.py"] = b"# a module, not a folder called test\n"
+    left_out = {"package/empty.py": b"", "readme.txt": b"left out", "latin.py": b"# \xe9 left out\n"}
+    for name in "test package/tests idlelib lib2to3 encodings pydoc_data site-packages dist-packages".split():
+        left_out[f"{name}/module.py"] = b"left out"
+    for name, data in (kept | left_out).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    monkeypatch.setattr(prepare_data, "STDLIB", root)
+    return kept
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A web server on localhost for the real ones; yields use(dataset, "KIND/NAME") to set it up."""
+    released = threading.Event()
+
+    def zipped(name, text):
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr(name, text)
+        return archive.getvalue()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            kind, name = self.path.strip("/").split("/")
+            text = TEXT.upper() if kind == "wrong" else TEXT
+            body = text if name == "input.txt" else zipped("other" if kind == "renamed" else "enwik8", text)
+            length = len(body)
+            if kind == "missing":
+                return self.send_error(404)
+            if kind == "page":  # what a login page of a hotel's network does
+                body = b"<html>".ljust(length)
+            if kind == "corrupt":
+                body = body[:100] + b"\xff" * 100 + body[200:]
+            if kind in ("truncated", "stalled"):
+                body = body[: length // 2]
+            self.send_response(200)
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+            self.wfile.write(body)
+            if kind == "stalled":
+                released.wait(10)
+
+        def log_message(self, *args):
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.daemon_threads = True
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
+    thread.start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(prepare_data, "TIMEOUT", 0.3)
+    monkeypatch.setattr(prepare_data, "DOWNLOADS", {})
+
+    def use(dataset, path):
+        url = f"http://127.0.0.1:{httpd.server_port}/{path}"
+        prepare_data.DOWNLOADS[dataset] = (url, hashlib.sha256(TEXT).hexdigest())
+
+    yield use
+    released.set()
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+# Tokenizers
+
+
+def test_bytes_tokenizer_round_trips_anything():
+    enc = prepare_data.get_tokenizer("bytes")
+    assert (enc.n_vocab, enc.eot_token) == (257, 256)
+    tokens = prepare_data.encode(enc, NASTY)
+    assert tokens.dtype == np.uint16 and len(tokens) == len(NASTY)
+    assert decoded(enc, tokens) == NASTY
+
+
+def test_bytes_tokenizer_encodes_text_as_encode_does():
+    """tiktoken's own path, which a user may take, agrees; a special token's name is text; newlines match."""
+    enc = prepare_data.get_tokenizer("bytes")
+    text = f"naïve 😀\r\n\n\0{EOT}\u2028x"
+    assert enc.encode_ordinary(text) == prepare_data.encode_text(enc, text) == list(text.encode())
+    assert decoded(enc, np.array([104, 256, 105])) == f"h{EOT}i".encode()
+
+
+def test_prompt_with_bytes_that_are_no_utf8(fake_gpt2):
+    text = b"a\xffb".decode("utf-8", "surrogateescape")  # as Python gives such a command line
+    assert prepare_data.encode_text(prepare_data.get_tokenizer("bytes"), text) == [97, 255, 98]
+    with pytest.raises(UserError, match="the prompt is not valid UTF-8"):
+        prepare_data.encode_text(fake_gpt2, text)
+
+
+def test_gpt2_takes_the_name_of_a_special_token_as_text(fake_gpt2):
+    """tiktoken's encode() raises on it; a model would take the text for the end of the document."""
+    assert prepare_data.encode(fake_gpt2, EOT.encode()).tolist() == list(EOT.encode())
+
+
+def test_unknown_tokenizer():
+    with pytest.raises(UserError, match="unknown tokenizer 'gpt9'; choose one of bytes, gpt2"):
+        prepare_data.get_tokenizer("gpt9")
+
+
+def test_gpt2_without_a_network(monkeypatch, tmp_path, text_file):
+    def no_network(name):
+        raise ConnectionError("Max retries exceeded")  # requests' own is an OSError just like this one
+
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    with pytest.raises(UserError, match="needs a network. `--tokenizer bytes` works offline"):
+        prepare(inputs=[text_file], tokenizer="gpt2", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# What is written
+
+
+def test_stdlib_is_split_by_file_and_always_the_same(fake_stdlib, tmp_path, monkeypatch, capsys):
+    first = prepare(out=tmp_path / "a")
+    assert "left out 1 files that are not UTF-8" in capsys.readouterr().err
+    in_other_order = list(prepare_data.STDLIB.rglob("*.py"))[::-1]
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: in_other_order)  # as another file system might
+    second = prepare(out=tmp_path / "b")
+    monkeypatch.undo()
+    assert folder(first) == folder(second)
+    assert set(folder(first)) == {"train.bin", "val.bin", "meta.json"}
+
+    train, val, meta = load_data(first)
+    enc = prepare_data.get_tokenizer("bytes")
+    train_files, val_files = (decoded(enc, split).split(EOT.encode()) for split in (train, val))
+    assert len(val_files) == len(fake_stdlib) // 10
+    assert sorted(train_files + val_files) == sorted(fake_stdlib.values())  # each in one of them, and whole
+    names = {data: name for name, data in fake_stdlib.items()}
+    assert [names[data] for data in train_files + val_files] != sorted(fake_stdlib)  # shuffled
+    everything = b"".join(train_files + val_files)
+    assert meta == {
+        "dataset": "stdlib",
+        "size": len(everything),
+        "sha256": hashlib.sha256(everything).hexdigest(),
+        "tokenizer": "bytes",
+        "vocab_size": 257,
+        "eot": 256,
+        "train_tokens": sum(map(len, train_files)) + len(train_files) - 1,
+        "val_tokens": sum(map(len, val_files)) + len(val_files) - 1,
+        "bytes_per_val_token": sum(map(len, val_files)) / len(val),
+        "python": platform.python_version(),
+    }
+    assert (first / "train.bin").read_bytes()[:2] == bytes([train_files[0][0], 0])  # little-endian
+
+
+def test_stdlib_without_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "STDLIB", tmp_path)
+    with pytest.raises(UserError, match="no Python source .* use `--dataset shakespeare` or `--input FILE`"):
+        prepare(out=tmp_path / "out")
+
+
+def test_input_takes_the_last_tenth_of_each_file_for_validation(tmp_path):
+    a, b = NASTY * 4, TEXT
+    (tmp_path / "a").write_bytes(a)
+    (tmp_path / "b").write_bytes(b)
+    train, val, meta = load_data(prepare(inputs=[tmp_path / "a", tmp_path / "b"], out=tmp_path / "out"))
+    n, m = len(a) * 9 // 10, len(b) * 9 // 10
+    assert train.tolist() == [*a[:n], 256, *b[:m]]
+    assert val.tolist() == [*a[n:], 256, *b[m:]]
+    assert (meta["dataset"], meta["size"], "python" in meta) == ("input", len(a + b), False)
+    assert meta["bytes_per_val_token"] == (len(val) - 1) / len(val)
+
+
+@pytest.mark.parametrize("lead", range(5))
+def test_no_character_is_cut_in_two(lead, tmp_path, fake_gpt2):
+    """A cut at 90 % of the bytes falls into a character more often than not in such a text."""
+    data = b"x" * lead + "😀é".encode() * 100
+    (tmp_path / "a").write_bytes(data)
+    train, val, _ = load_data(prepare(inputs=[tmp_path / "a"], tokenizer="gpt2", out=tmp_path / "out"))
+    assert decoded(fake_gpt2, train).decode() + decoded(fake_gpt2, val).decode() == data.decode()
+    assert len(data) * 0.9 - 4 < len(train) <= len(data) * 0.9
+
+
+def test_default_directories(fake_stdlib, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare_data.main([])
+    prepare_data.main(["--input", "text.txt"])
+    assert load_data("data/stdlib")[2]["dataset"] == "stdlib"
+    assert load_data("data/input")[2]["dataset"] == "input"
+
+
+@pytest.mark.parametrize(
+    "name, content, tokenizer, message",
+    [
+        ("nowhere", None, "bytes", "cannot read nowhere: No such file"),
+        (".", None, "bytes", "cannot read .: "),
+        ("empty", b"", "bytes", "empty is empty"),
+        ("short", b"x" * 320, "bytes", "too little text: 288 tokens for training and 32 for validation"),
+        ("one byte", b"x", "bytes", "too little text: 0 tokens for training and 1 for validation"),
+        ("latin", b"caf\xe9 " * 200, "gpt2", "latin is not valid UTF-8.*`--tokenizer bytes` takes any file"),
+    ],
+)
+def test_bad_input(name, content, tokenizer, message, text_file, tmp_path, monkeypatch, fake_gpt2):
+    """A bad file is refused by name, a good one beside it or not, and nothing is written or lost."""
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(name).write_bytes(content)
+    prepare(inputs=["text.txt"], out="old")
+    before = folder(".")
+    for out in ("old", "new"):
+        with pytest.raises(UserError, match=message):
+            prepare(inputs=[name], tokenizer=tokenizer, out=out)
+        if "too little" not in message:
+            with pytest.raises(UserError, match=message):
+                prepare(inputs=["text.txt", name], tokenizer=tokenizer, out=out)
+    assert folder(".") == before and not Path("new").exists()
+
+
+def test_shortest_input_that_works(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 330)
+    _, val, _ = load_data(prepare(inputs=[tmp_path / "a"], out=tmp_path / "out"))
+    assert len(val) == prepare_data.MIN_VAL_TOKENS
+
+
+def test_out_is_a_file(text_file):
+    with pytest.raises(UserError, match="text.txt is a file; --out takes a directory"):
+        prepare(inputs=[text_file], out=text_file)
+
+
+def test_full_disk_leaves_the_old_data_whole(text_file, tmp_path, monkeypatch):
+    """None of the three files takes its place before the last is written."""
+    out = prepare(inputs=[text_file], out=tmp_path / "out")
+    before = folder(out)
+    text_file.write_bytes(TEXT.upper())
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(json, "dumps", full)  # when the last of the three, meta.json, is to be written
+    with pytest.raises(OSError):
+        prepare(inputs=[text_file], out=out)
+    assert folder(out) == before
+
+
+def test_write_atomic(tmp_path):
+    path = tmp_path / "new" / "file"
+    with prepare_data.write_atomic(path) as file:
+        file.write(b"old")
+        assert not path.exists()
+    with pytest.raises(KeyboardInterrupt):
+        with prepare_data.write_atomic(path) as file:
+            file.write(b"half of the n")
+            raise KeyboardInterrupt
+    assert folder(tmp_path) == {os.path.join("new", "file"): b"old"}
+
+
+# Downloads
+
+
+def test_download_once_for_both_tokenizers(server, tmp_path, fake_gpt2, capsys):
+    server("shakespeare", "good/input.txt")
+    out = prepare("shakespeare", out=tmp_path / "out")
+    train, val, meta = load_data(out)
+    cut = len(TEXT) * 9 // 10
+    assert (bytes(train.tolist()), bytes(val.tolist())) == (TEXT[:cut], TEXT[cut:])
+    assert (meta["dataset"], meta["sha256"]) == ("shakespeare", hashlib.sha256(TEXT).hexdigest())
+    assert set(folder(out)) == {"input.txt", "train.bin", "val.bin", "meta.json"}
+    assert "0.0 of 0.0 MB" in capsys.readouterr().err  # progress
+
+    server("shakespeare", "missing/input.txt")  # so this must do with the file that is there
+    prepare("shakespeare", tokenizer="gpt2", out=out)
+    assert load_data(out)[2]["tokenizer"] == "gpt2"
+
+
+def test_damaged_file_from_an_earlier_download_is_replaced(server, tmp_path):
+    server("shakespeare", "good/input.txt")
+    (tmp_path / "input.txt").write_bytes(TEXT[:-1])
+    prepare("shakespeare", out=tmp_path)
+    assert (tmp_path / "input.txt").read_bytes() == TEXT
+
+
+def test_enwik8_is_unzipped_and_split_90_5_5(server, tmp_path):
+    server("enwik8", "good/enwik8.zip")
+    train, val, meta = load_data(prepare("enwik8", out=tmp_path / "out"))
+    a, b = len(TEXT) * 90 // 100, len(TEXT) * 95 // 100
+    assert (bytes(train.tolist()), bytes(val.tolist())) == (TEXT[:a], TEXT[a:b])
+    assert (meta["size"], meta["bytes_per_val_token"]) == (len(TEXT), 1)
+    assert (tmp_path / "out" / "enwik8").read_bytes() == TEXT
+
+
+@pytest.mark.parametrize(
+    "dataset, name, kind, reason",
+    [
+        ("shakespeare", "input.txt", "truncated", "it broke off after 2,045 of 4,090 bytes|IncompleteRead"),
+        ("shakespeare", "input.txt", "wrong", "its SHA-256 is .*, not"),
+        ("shakespeare", "input.txt", "missing", "HTTP Error 404"),
+        ("shakespeare", "input.txt", "stalled", "timed out"),
+        ("enwik8", "enwik8.zip", "truncated", "it broke off after|IncompleteRead"),
+        ("enwik8", "enwik8.zip", "wrong", "its SHA-256 is .*, not"),
+        ("enwik8", "enwik8.zip", "page", "File is not a zip file"),
+        ("enwik8", "enwik8.zip", "corrupt", "Error -3 while decompressing|Bad CRC"),
+        ("enwik8", "enwik8.zip", "renamed", "no item named 'enwik8'"),
+    ],
+)
+def test_failed_download(server, tmp_path, text_file, dataset, name, kind, reason):
+    server(dataset, f"{kind}/{name}")
+    out = prepare(inputs=[text_file], out=tmp_path / "old")
+    before = folder(tmp_path)
+    message = f"could not download .*/{name}: .*({reason}).*`--dataset stdlib`"
+    for out in ("old", "new"):
+        with pytest.raises(UserError, match=message):
+            prepare(dataset, out=tmp_path / out)
+    assert folder(tmp_path) == before and not (tmp_path / "new").exists()
+
+
+def test_nobody_answers(server, tmp_path):
+    server("shakespeare", "good/input.txt")
+    _, sha256 = prepare_data.DOWNLOADS["shakespeare"]
+    prepare_data.DOWNLOADS["shakespeare"] = ("http://127.0.0.1:1/input.txt", sha256)
+    with pytest.raises(UserError, match="refused.*work offline with `--dataset stdlib` or `--input FILE`"):
+        prepare("shakespeare", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# Loading
+
+
+def damage(**changes):
+    def do(out):
+        meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
+        (out / "meta.json").write_text(json.dumps(meta | changes), encoding="utf-8")
+
+    return do
+
+
+@pytest.mark.parametrize(
+    "break_it, message",
+    [
+        (lambda out: [path.unlink() for path in out.iterdir()] and out.rmdir(), "no prepared data in .*meta"),
+        (lambda out: (out / "val.bin").unlink(), "no prepared data in .*val.bin is missing"),
+        (lambda out: (out / "meta.json").unlink(), "no prepared data in .*meta.json is missing"),
+        (lambda out: (out / "meta.json").write_bytes(b'{"data'), "damaged .JSONDecodeError"),
+        (lambda out: (out / "meta.json").write_bytes(b"\xff\xfe"), "damaged .UnicodeDecodeError"),
+        (lambda out: (out / "meta.json").write_bytes(b"[]"), "damaged .TypeError"),
+        (lambda out: (out / "meta.json").write_bytes(b"{}"), "damaged .KeyError: 'vocab_size'"),
+        (lambda out: (out / "train.bin").write_bytes(b"xx"), "disagree about the number of tokens"),
+        (lambda out: (out / "train.bin").write_bytes(b"xxx"), "damaged .ValueError"),
+        (lambda out: (out / "train.bin").write_bytes(b""), "damaged .ValueError.*empty"),
+        (damage(val_tokens=1), "disagree about the number of tokens"),
+        (damage(tokenizer="gpt9"), "unknown tokenizer 'gpt9'"),
+        (damage(tokenizer="gpt2"), "tokenizer 'gpt2' with 257 tokens"),
+        (
+            lambda out: np.full(len(TEXT) // 10, 257, "<u2").tofile(out / "val.bin"),
+            "token 257 is outside the vocabulary of 257",
+        ),
+    ],
+)
+def test_load_data_refuses(break_it, message, text_file, tmp_path):
+    out = prepare(inputs=[text_file], out=tmp_path / "my data")
+    load_data(out)
+    break_it(out)
+    with pytest.raises(UserError, match=message) as error:
+        load_data(out)
+    assert str(error.value).endswith(f"`python prepare_data.py --input FILE... --out '{out}'`")
+
+
+def test_load_data_names_the_command_for_a_dataset():
+    with pytest.raises(UserError, match="`python prepare_data.py --dataset enwik8 --out nowhere/enwik8`"):
+        load_data("nowhere/enwik8")
+
+
+def test_loaded_tokens_are_read_only_maps(text_file, tmp_path):
+    train, _, _ = load_data(prepare(inputs=[text_file], out=tmp_path / "out"))
+    assert isinstance(train, np.memmap) and train.dtype == np.uint16
+    with pytest.raises(ValueError, match="read-only"):
+        train[0] = 1
+
+
+# The command line
+
+
+@dataclass
+class Flags:
+    steps: int = field(default=7, metadata={"help": "optimizer steps, 100 % of them"})
+    lr: float = field(default=1e-3, metadata={"help": "learning rate"})
+    out: str = field(default="out/mod", metadata={"help": "directory"})
+    causal: str = field(default="predictor", metadata={"help": "which", "choices": ("predictor", "router")})
+    flops: float | None = field(default=None, metadata={"help": "budget"})
+    compile: bool = field(default=True, metadata={"help": "use torch.compile"})
+    html: bool | None = field(default=None, metadata={"help": "write it"})
+
+
+def test_make_parser_types_and_defaults():
+    parser = prepare_data.make_parser(Flags, "What it does.")
+    assert Flags(**vars(parser.parse_args([]))) == Flags()
+    argv = "--steps 3 --lr 1 --out a=b --causal router --flops 1e15 --no-compile --html".split()
+    parsed = Flags(**vars(parser.parse_args(argv)))
+    assert parsed == Flags(3, 1.0, "a=b", "router", 1e15, False, True)
+    assert isinstance(parsed.lr, float)
+    text = " ".join(parser.format_help().split())
+    assert "--steps INT optimizer steps, 100 % of them (default: 7)" in text
+    assert "--compile, --no-compile use torch.compile (default: True)" in text and "budget --compile" in text
+    assert text.count("default:") == 5 and "What it does." in text
+
+
+@pytest.mark.parametrize(
+    "argv", ["--steps 1.5", "--lr fast", "--causal neither", "--step 3", "--compile yes", "--steps", "x"]
+)
+def test_make_parser_refuses(argv, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        prepare_data.make_parser(Flags, "What it does.").parse_args(argv.split())
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    ["--dataset nothing", "--tokenizer gpt9", "--input", "--dataset stdlib --input x", "--data stdlib"],
+)
+def test_prepare_refuses_flags(argv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        prepare_data.main(argv.split())
+    assert not folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        (UserError("x is empty"), 2, "error: x is empty\n"),
+        (OSError(28, "No space left on device", "f"), 2, "error: [Errno 28] No space left on device: 'f'\n"),
+        (KeyboardInterrupt(), 130, "\ninterrupted\n"),
+    ],
+)
+def test_run_says_what_was_wrong_in_one_line(error, status, message, capsys):
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        prepare_data.run(main)
+    assert (stopped.value.code, capsys.readouterr().err) == (status, message)
+
+
+@pytest.mark.parametrize("lines", [1, 10_000])
+def test_run_is_silent_when_the_reader_has_gone(lines):
+    """One line is still in Python's buffer when main ends; ten thousand break the pipe while it runs."""
+    code = f"from prepare_data import run; run(lambda argv: [input(), *(print('x') for _ in range({lines}))])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=Path(prepare_data.__file__).parent,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    process.stdin.write(b"now\n")
+    process.stdin.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 0)
+    process.stderr.close()
+
+
+@pytest.mark.slow
+def test_whole_stdlib_takes_under_20_seconds(tmp_path):
+    start = time.perf_counter()
+    train, val, _ = load_data(prepare(out=tmp_path / "out"))
+    assert time.perf_counter() - start < 20
+    assert len(train) > 3e6 and 0.05 < len(val) / (len(train) + len(val)) < 0.2
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training: train.py
+
+TINY = ["--n_layer=4", "--n_head=2", "--n_embd=16", "--block_size=32", "--batch_size=4", "--device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory):
+    """A folder with a few kB of prepared text."""
+    folder = tmp_path_factory.mktemp("text")
+    text = "".join(f"def f{i}(x):\n    return x + {i * i}\n\n\n" for i in range(400))
+    (folder / "text.py").write_text(text, encoding="utf-8")
+    return prepare_data.prepare(inputs=[folder / "text.py"], out=folder / "data")
+
+
+@pytest.fixture
+def run_train(small_data, tmp_path):
+    """train.main on the small data and a tiny model, into tmp_path / name; returns the lines of its log."""
+
+    def call(*flags, name="run"):
+        out = tmp_path / name
+        train.main([*TINY, f"--data={small_data}", f"--out={out}", *flags])
+        return [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    return call
+
+
+def without_clock(lines):
+    return [{key: value for key, value in line.items() if key not in ("timing", "train")} for line in lines]
+
+
+def same_parameters(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def load(path):
+    return torch.load(path / "ckpt.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("flags", [(), ("--routing=random",), ("--capacity=1",), ("--causal=router",)])
+def test_a_resumed_run_equals_an_uninterrupted_one(run_train, tmp_path, monkeypatch, flags):
+    """Bit for bit: weights, optimizer and log, though Ctrl-C came between two evaluations."""
+    flags = [*flags, "--steps=20", "--eval_interval=6"]
+    whole = run_train(*flags, name="whole")
+    get_batch = train.get_batch
+
+    def interrupted(data, block_size, batch_size, seed, step):
+        if step == 9:
+            signal.raise_signal(signal.SIGINT)
+        return get_batch(data, block_size, batch_size, seed, step)
+
+    monkeypatch.setattr(train, "get_batch", interrupted)
+    run_train(*flags, name="parts")
+    assert load(tmp_path / "parts")["step"] == 10
+    monkeypatch.setattr(train, "get_batch", get_batch)
+    train.main(["--resume", f"--out={tmp_path / 'parts'}"])
+    parts = [json.loads(line) for line in (tmp_path / "parts/log.jsonl").read_text("utf-8").splitlines()]
+    assert without_clock(parts) == without_clock(whole)
+    a, b = load(tmp_path / "whole"), load(tmp_path / "parts")
+    assert same_parameters(a["model"], b["model"])
+    for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
+        assert same_parameters(x, y)
+
+
+def test_losses_do_not_depend_on_how_often_one_evaluates(run_train, tmp_path):
+    run_train("--steps=12", "--eval_interval=1", "--routing=random", name="often")
+    run_train("--steps=12", "--eval_interval=12", "--routing=random", name="once")
+    assert same_parameters(load(tmp_path / "often")["model"], load(tmp_path / "once")["model"])
+
+
+def test_log_lines_say_what_they_promise(run_train):
+    header, *lines = run_train("--steps=10", "--eval_interval=5")
+    assert header["model"]["n_embd"] == 16 and header["params"] > 0
+    flops = 3 * mod.MoDConfig(**header["model"]).flops_per_token(32) * 32 * 4
+    for line, step in zip(lines, (5, 10), strict=True):
+        assert line["step"] == step and line["flops"] == pytest.approx(step * flops)
+        assert {"loss", "val_topk", "val_causal", "val_skip", "timing"} < line.keys()
+        for name in ("agree", "recall", "share"):
+            assert len(line[name]) == 2 and all(0 <= x <= 1 for x in line[name])
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_a_dense_run_has_one_validation_loss(run_train):
+    last = run_train("--steps=4", "--capacity=1")[-1]
+    assert last["val_topk"] == last["val_causal"] == last["val_skip"] and "agree" not in last
+
+
+def test_a_flops_budget_is_kept(run_train):
+    header = run_train("--steps=1", name="one")[0]
+    per_step = 3 * mod.MoDConfig(**header["model"]).flops_per_token(32) * 32 * 4
+    last = run_train(f"--flops={7.9 * per_step}", name="seven")[-1]
+    assert last["step"] == 7 and last["flops"] == pytest.approx(7 * per_step)
+
+
+def test_the_body_does_not_feel_the_predictor(run_train, tmp_path, monkeypatch):
+    """Trap: one gradient-norm clip over both rescales the body's step by the predictor's loss."""
+    run_train("--steps=5", name="with")
+    monkeypatch.setattr(train, "causal_choice_loss", lambda route: 100 * route.logit.square().sum())
+    run_train("--steps=5", name="other")
+    a, b = load(tmp_path / "with")["model"], load(tmp_path / "other")["model"]
+    assert any(not torch.equal(a[name], b[name]) for name in a if ".predictor." in name)
+    assert all(torch.equal(a[name], b[name]) for name in a if ".predictor." not in name)
+
+
+def test_accumulation_changes_nothing(run_train, tmp_path):
+    run_train("--steps=6", name="whole")
+    run_train("--steps=6", "--accumulate=4", name="parts")
+    a, b = load(tmp_path / "whole")["model"], load(tmp_path / "parts")["model"]
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+
+
+def test_batches_are_fixed_by_seed_and_step():
+    data = np.arange(1000, dtype=np.uint16)
+    x, y = train.get_batch(data, 16, 4, seed=1, step=5)
+    assert x.shape == y.shape == (4, 16) and torch.equal(x[:, 1:], y[:, :-1])
+    assert torch.equal(x, train.get_batch(data, 16, 4, seed=1, step=5)[0])
+    assert not torch.equal(x, train.get_batch(data, 16, 4, seed=1, step=6)[0])
+    assert not torch.equal(x, train.get_batch(data, 16, 4, seed=2, step=5)[0])
+    starts = {train.get_batch(np.arange(18), 16, 1, 0, step)[0][0, 0].item() for step in range(40)}
+    assert starts == {0, 1}  # the last window, which ends with the last token, is drawn too
+
+
+def test_parameter_groups_and_schedule():
+    model = mod.MoD(mod.MoDConfig(n_layer=4, n_embd=16, n_head=2))
+    groups = train.param_groups(model, router_lr_scale=0.1, weight_decay=0.3)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(map(id, model.parameters()))
+    routers = [block.router.weight for block in model.blocks if isinstance(block, mod.RoutedBlock)]
+    assert [group["scale"] for group in groups if group["params"][0] is routers[0]] == [0.1]
+    assert all(p.dim() >= 2 for group in groups for p in group["params"] if group["weight_decay"])
+    rates = [train.learning_rate(step, 1000, 1.0) for step in range(1000)]
+    assert rates[0] == pytest.approx(1 / 20) and max(rates) == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.1, abs=0.001) and rates[20:] == sorted(rates[20:], reverse=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(run_train, tmp_path, monkeypatch):
+    run_train("--steps=10", "--eval_interval=5")
+    before = load(tmp_path / "run")
+    forward = mod.MoD.forward
+
+    def poisoned(model, *args, **kwargs):
+        logits, loss, route = forward(model, *args, **kwargs)
+        return logits, loss * torch.nan, route
+
+    monkeypatch.setattr(mod.MoD, "forward", poisoned)
+    with pytest.raises(prepare_data.UserError, match=r"loss is nan between steps 10 and 1[25]"):
+        train.main(["--resume", "--steps=20", f"--out={tmp_path / 'run'}"])
+    after = load(tmp_path / "run")
+    assert after["step"] == 10 and same_parameters(before["model"], after["model"])
+
+
+def test_checkpoints_of_a_compiled_run_are_clean(run_train, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        torch, "compile", lambda model, **_: torch._dynamo.OptimizedModule(model, lambda f: f)
+    )
+    run_train("--steps=2", "--compile")
+    assert not any("_orig_mod" in name for name in load(tmp_path / "run")["model"])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--steps=0"], "--steps 0 must be above 0"),
+        (["--flops=10"], "less than one step"),
+        (["--flops=nan"], "--flops nan must be above 0"),
+        (["--steps=5", "--flops=1e12"], "two budgets"),
+        (["--n_embd=17"], "n_embd 17"),
+        (["--n_head=3"], "n_head 3"),
+        (["--n_layer=0"], "n_layer 0"),
+        (["--capacity=0"], "capacity 0.0"),
+        (["--capacity=1.5"], "capacity 1.5"),
+        (["--capacity=nan"], "capacity nan"),
+        (["--route_every=0"], "route_every 0"),
+        (["--batch_size=0"], "--batch_size 0"),
+        (["--batch_size=5", "--accumulate=2"], "--batch_size 5 doesn't divide"),
+        (["--lr=-1"], "--lr -1.0"),
+        (["--router_lr_scale=-0.1"], "--router_lr_scale -0.1"),
+        (["--seed=-1"], "--seed -1"),
+        (["--eval_interval=0"], "--eval_interval 0"),
+        (["--block_size=100000"], "--block_size 100000 is longer than the validation data"),
+        (["--block_size=0"], "block_size 0"),
+        (["--device=nonsense"], "device 'nonsense'"),
+        (["--data=nowhere"], "no prepared data in nowhere"),
+        (["--resume", "--out=nowhere"], "no checkpoint"),
+    ],
+)
+def test_bad_flags_of_train(run_train, tmp_path, flags, message):
+    with pytest.raises(prepare_data.UserError, match=re.escape(message)):
+        run_train("--steps=1", *flags) if "--flops" not in flags[0] else run_train(*flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_is_neither_overwritten_nor_changed_by_accident(run_train, tmp_path):
+    run_train("--steps=2")
+    out = f"--out={tmp_path / 'run'}"
+    with pytest.raises(prepare_data.UserError, match="holds a run"):
+        run_train("--steps=2")
+    with pytest.raises(prepare_data.UserError, match="--lr 0.5 differs"):
+        train.main(["--resume", out, "--lr=0.5"])
+    with pytest.raises(prepare_data.UserError, match="--steps 1 differs"):
+        train.main(["--resume", out, "--steps=1"])
+    with pytest.raises(prepare_data.UserError, match="has done 2 of 2 steps"):
+        train.main(["--resume", out])
+    train.main(["--resume", out, "--steps=4"])
+    assert load(tmp_path / "run")["step"] == 4
+    assert run_train("--steps=3", "--overwrite")[-1]["step"] == 3
+
+
+def test_broken_checkpoints(run_train, tmp_path):
+    run_train("--steps=2")
+    path = tmp_path / "run" / "ckpt.pt"
+    whole = path.read_bytes()
+    checkpoint = load(tmp_path / "run")
+    foreign = {**checkpoint, "config": {**checkpoint["config"], "of_another_version": 1}}
+    misshapen = {**checkpoint, "config": {**checkpoint["config"], "n_embd": 32}}
+    for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint", foreign, misshapen, {"model": {}}):
+        if isinstance(broken, bytes):
+            path.write_bytes(broken)
+        else:
+            torch.save(broken, path)
+        with pytest.raises(prepare_data.UserError, match="damaged or not of this version"):
+            train.load_checkpoint(tmp_path / "run", "cpu")
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(run_train, small_data, tmp_path):
+    """torchrun over gloo: same losses within float tolerance, one log, and one resumes what two began."""
+    whole = run_train("--steps=10", "--eval_interval=5", name="one")
+    flags = [*TINY, f"--data={small_data}", f"--out={tmp_path / 'two'}", "--steps=10", "--eval_interval=5"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "train.py",
+    ]
+    subprocess.run(
+        [*command, *flags], cwd=HERE, check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    lines = [json.loads(line) for line in (tmp_path / "two/log.jsonl").read_text("utf-8").splitlines()]
+    for a, b in zip(whole[1:], lines[1:], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a["val_topk"] == pytest.approx(b["val_topk"], abs=1e-3)
+    train.main(["--resume", "--steps=12", f"--out={tmp_path / 'two'}"])
+    assert load(tmp_path / "two")["step"] == 12
+
+
+# ---------------------------------------------------------------------------------------------------------
+# sample.py
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run's folder with the checkpoint of a redrawn byte-level model that decides both ways; context 24."""
+    out = tmp_path_factory.mktemp("run")
+    model, _ = decided(vocab_size=257)
+    save_checkpoint(out, model)
+    return out
+
+
+def save_checkpoint(out, model):
+    checkpoint = {
+        "model": model.state_dict(),
+        "config": dataclasses.asdict(model.config),
+        "train": dataclasses.asdict(TrainConfig()),
+        "meta": {"tokenizer": "bytes"},
+        "step": 1,
+        "flops": 1.0,
+    }
+    torch.save(checkpoint, out / "ckpt.pt")
+
+
+def sampled(out, capfdbinary, *argv):
+    """What sample.py writes to standard output and to standard error, bytes."""
+    sample_main(["--out", str(out), "--device", "cpu", *argv])
+    return capfdbinary.readouterr()
+
+
+def drawn_text(out, prompt, **options):
+    """The Text that draw makes of a prompt, a list of ids."""
+    model, _ = load_checkpoint(out, "cpu")
+    torch.manual_seed(0)
+    text = Text()
+    assert list(draw(model, prompt, SampleConfig(**options), text)) == text.tokens
+    return model, text
+
+
+def test_text_is_streamed_as_utf8_whatever_the_tokens(run_dir, capfdbinary):
+    """Half characters are held back until they are whole, and what never becomes one is replaced."""
+    prompt = "é€😀\n"
+    out, _ = sampled(run_dir, capfdbinary, "--prompt", prompt, "--num_tokens", "15")
+    _, text = drawn_text(run_dir, list(prompt.encode()), num_tokens=15)
+    ids = [token.id for token in text.tokens[len(prompt.encode()) :]]
+    assert len(ids) == 15 and max(ids) < 256
+    assert out == (prompt.encode() + bytes(ids)).decode("utf-8", "replace").encode() + os.linesep.encode()
+
+
+def test_a_character_that_is_never_finished_does_not_get_lost(run_dir, capfdbinary, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\xe2\x82")))
+    out, _ = sampled(run_dir, capfdbinary, "--prompt", "-", "--num_tokens", "1", "--temperature", "0")
+    _, text = drawn_text(run_dir, list(b"a\xff\xe2\x82"), num_tokens=1, temperature=0.0)
+    assert out.startswith("a\N{REPLACEMENT CHARACTER}".encode())
+    assert out.decode() == bytes(token.id for token in text.tokens).decode("utf-8", "replace") + os.linesep
+
+
+def test_no_prompt_means_end_of_text_which_is_not_printed(run_dir, capfdbinary):
+    out, _ = sampled(run_dir, capfdbinary, "--num_tokens", "5")
+    _, text = drawn_text(run_dir, [256], num_tokens=5)
+    assert out.decode() == bytes(t.id for t in text.tokens[1:]).decode("utf-8", "replace") + os.linesep
+
+
+def test_samples_differ_by_their_seeds_alone(run_dir, capfdbinary):
+    flags = ("--prompt", "ab", "--num_tokens", "10")
+    both, said = sampled(run_dir, capfdbinary, *flags, "--num_samples", "2", "--seed", "3")
+    assert both == b"".join(sampled(run_dir, capfdbinary, *flags, "--seed", seed)[0] for seed in "34")
+    assert b"--- 2 of 2, seed 4" in said
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--num_tokens 0", "--num_samples 0", "--top_k 0", "--top_p 0", "--top_p 1.1", "--top_p nan",
+        "--temperature -1", "--temperature nan", "--temperature inf", "--threshold nan", "--seed -1",
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_work_is_named(run_dir, argv, capfd):
+    flag, value = argv.split()
+    with pytest.raises(UserError, match=f"{flag} .*number" if flag == "--threshold" else f"{flag} {value}"):
+        sample_main(["--out", str(run_dir), flag, value])
+    assert capfd.readouterr().out == ""
+
+
+def test_an_id_that_the_tokenizer_does_not_know_is_no_crash():
+    assert token_bytes(get_tokenizer("bytes"), 300).decode() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_prompt_that_the_model_does_not_know_is_an_error():
+    with pytest.raises(UserError, match="token 256"):
+        read_prompt("", get_tokenizer("bytes"), 256)
+
+
+@pytest.mark.parametrize("prompt", [1, 10, 24, 40])
+def test_each_token_has_the_route_it_had_when_it_was_first_fed(run_dir, prompt):
+    """Also where the window slides and older tokens are fed again, and where the prompt is longer than the window."""
+    prompt, n, size = list(range(100, 100 + prompt)), 30, SMALL["block_size"]
+    model, text = drawn_text(run_dir, prompt, num_tokens=n)
+    ids = [token.id for token in text.tokens]
+    assert len(ids) == len(prompt) + n and ids[: len(prompt)] == prompt
+    outside = max(0, len(prompt) - size)
+    fed = [token.route is not None for token in text.tokens]
+    assert fed == [False] * outside + [True] * (len(ids) - outside - 1) + [False]
+    start, end = outside, min(len(ids) - 1, max(size, len(prompt)))  # the first window
+    logits, route = one_shot(model, torch.tensor([ids[start:end]]))
+    seen = torch.stack([token.route for token in text.tokens[start:end]])
+    assert torch.equal(seen[:, 0].bool(), route.taken[:, 0].T)
+    close(seen[:, 1], route.weight[:, 0].T)
+    close(seen[:, 2], route.logit[:, 0].T)
+    for i in range(len(prompt), end + 1):
+        assert abs(text.tokens[i].probability - logits[0, i - start - 1].softmax(-1)[ids[i]].item()) < 1e-5
+    assert all(token.probability is None for token in text.tokens[: len(prompt)])
+    after = start + size + 1  # the token that the window slid for: it was fed with the second half before it
+    if after < len(ids) - 1:
+        _, route = one_shot(model, torch.tensor([ids[after - size // 2 : after]]))
+        close(text.tokens[after - 1].route[2], route.logit[:, 0, -1])
+
+
+def test_the_report_counts_what_was_skipped_and_cached(run_dir, capfdbinary):
+    prompt, n = "abcdefg", 12
+    _, said = sampled(run_dir, capfdbinary, "--prompt", prompt, "--num_tokens", str(n))
+    model, text = drawn_text(run_dir, list(prompt.encode()), num_tokens=n)
+    taken = torch.stack([token.route[0] for token in text.tokens[:-1]])
+    T = len(prompt) + n - 1
+    used = (2 * T + int(taken.sum())) * 2 * 16 * 4  # two dense blocks; keys and values, 16 channels, float32
+    assert text.context == T
+    said = said.decode()
+    assert f"{1 - taken.mean():.1%} of the routed blocks skipped" in said
+    assert f"{used:,} bytes of KV cache, {used / (4 * T * 2 * 16 * 4):.2f} of" in said
+    flops = model.config.flops_per_token(T, taken.mean().item())
+    assert f"{flops:,.0f} forward FLOPs per token" in said
+    _, said = sampled(run_dir, capfdbinary, "--num_tokens", "2", "--threshold", "inf")
+    assert b"100.0% of the routed blocks skipped" in said and b"too few tokens to time" in said
+
+
+def test_a_dense_model_can_be_sampled_and_has_no_depth_to_show(tmp_path, capfdbinary):
+    save_checkpoint(tmp_path, redrawn(vocab_size=257, capacity=1.0))
+    out, said = sampled(tmp_path, capfdbinary, "--prompt", "ab", "--num_tokens", "30")
+    assert out.startswith(b"ab") and b"tokens/s" in said and b"skipped" not in said
+    for flags in (["--show_depth"], ["--html", "page.html"], ["--bench"]):
+        with pytest.raises(UserError, match="no routed block"):
+            sample_main(["--out", str(tmp_path), "--device", "cpu", *flags])
+
+
+def test_show_depth_writes_marks_beneath_where_there_is_no_terminal(run_dir, capfdbinary):
+    prompt = "ab\tc\n€d"
+    out, said = sampled(run_dir, capfdbinary, "--prompt", prompt, "--num_tokens", "1", "--show_depth")
+    _, text = drawn_text(run_dir, list(prompt.encode()), num_tokens=1)
+    depth = [str(int(token.route[0].sum())) for token in text.tokens[:-1]]
+    lines = out.decode().splitlines()
+    assert lines[:3] == ["ab⇥c↵", "".join(depth[:5]), lines[2]] and lines[2].startswith("··€d")
+    assert lines[3].rstrip() == "".join(depth[5:]) + "-"
+    assert "of 2 routed blocks" in said.decode() and b"\033" not in out + said
+
+
+def test_show_depth_shades_where_there_is_a_terminal(run_dir, capfdbinary, monkeypatch):
+    flags = ("--prompt", "abc\nd", "--num_tokens", "1", "--show_depth")
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert b"\033" not in b"".join(sampled(run_dir, capfdbinary, *flags))
+    monkeypatch.delenv("NO_COLOR")
+    out, said = sampled(run_dir, capfdbinary, *flags)
+    _, text = drawn_text(run_dir, list(b"abc\nd"), num_tokens=1)
+    view = DepthView(2, color=True)
+    shaded = [view.shade(c, int(t.route[0].sum())) for c, t in zip("abc↵d", text.tokens, strict=False)]
+    assert out.decode().startswith("".join(shaded[:4]) + os.linesep + shaded[4])
+    assert len({view.shade("x", depth) for depth in (None, 0, 1, 2)}) == 4
+    assert view.legend() in said.decode()
+
+
+def test_nothing_invisible_reaches_a_terminal():
+    assert visible("a b") == "a b"
+    assert visible("") == "·"
+    assert visible("\033[2J\u202e\x85\r\n") == "\\x1b[2J\\u202e\\x85\\r↵\n"
+
+
+def test_the_page_escapes_what_the_model_says(run_dir, tmp_path, capfdbinary):
+    page = tmp_path / "page.html"
+    prompt = "<script>$$DATA$$&amp;"
+    sampled(run_dir, capfdbinary, "--prompt", prompt, "--num_tokens", "3", "--html", str(page))
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<script") == 1 and "://" not in text and "src=" not in text
+    spans = re.findall(r"<span class=[^>]*>(.*?)</span>", text.split("<pre>")[1])
+    assert html.unescape("".join(spans)).startswith(prompt)
+
+
+def test_the_page_shows_a_tokens_route_when_it_is_pointed_at(run_dir, tmp_path, capfdbinary):
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium here to open the page in")
+    page = tmp_path / "page.html"
+    sampled(run_dir, capfdbinary, "--prompt", "a<b", "--num_tokens", "3", "--html", str(page))
+    model, text = drawn_text(run_dir, list(b"a<b"), num_tokens=3)
+    for i, event in ((1, "mouseover"), (4, "focus"), (5, "click")):
+        driver = (
+            f"<script>document.querySelectorAll('pre span')[{i}].dispatchEvent(new Event('{event}'))</script>"
+        )
+        copy = tmp_path / "driven.html"
+        copy.write_text(page.read_text(encoding="utf-8") + driver, encoding="utf-8")
+        flags = (
+            "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+            f"--disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'} --dump-dom"
+        )
+        dom = subprocess.run(
+            [chromium, *flags.split(), copy.as_uri()], capture_output=True, encoding="utf-8", timeout=60
+        ).stdout
+        card = re.search(r'<div id="card">(.*?)</div>\s*<script>', dom, re.DOTALL)[1]
+        token = text.tokens[i]
+        assert f"token {token.id}, " in card
+        if token.probability is None:
+            assert "<code>&lt;</code>" in card and "given" in card
+        else:
+            shown = float(re.search(r"probability ([^<]*)", card)[1])
+            assert math.isclose(shown, token.probability, rel_tol=0.01)
+        if token.route is None:
+            assert "not fed" in card
+            continue
+        cells = re.findall("<td>(.*?)</td>", card)
+        taken, weight, logit = token.route
+        for j, layer in enumerate((1, 3)):
+            expected = [str(layer), f"{logit[j].sigmoid():.3f}", f"{weight[j].sigmoid():.3f}"]
+            assert cells[4 * j : 4 * j + 4] == [*expected, "processed" if taken[j] else "skipped"]
+
+
+@torch.inference_mode()
+def test_the_bench_computes_every_block_and_throws_the_result_away(run_dir):
+    """Its second way must do a dense model's work, in prompt and steps, and change only what the fast path changes."""
+    model, _ = load_checkpoint(run_dir, "cpu")
+    busy = computing_all(model)
+    idx = torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(0))
+    cache = busy.new_cache(2)
+    for start, end in ((0, 9), (9, 10), (10, 11)):
+        *_, route = busy(idx[:, start:end], causal=True, cache=cache, start=start)
+    assert [kv.length for kv in cache] == [[11, 11]] * 4
+    assert sum(kv.bytes_used for kv in cache) == 4 * 2 * 11 * 2 * 16 * 4
+    x = torch.randn(2, 1, 16)
+    for threshold, same in ((math.inf, True), (-math.inf, False)):
+        new, route = busy.blocks[1].step(x, model.rope[:, 11], threshold, cache[1])
+        assert torch.equal(new, x) == same and route.taken.all() != same
+    # A lone token attends to itself in either model, so that what is left to differ is who was taken.
+    logits = busy(idx[:, :1], causal=True, cache=busy.new_cache(2))[0]
+    close(logits, model(idx[:, :1], causal=True)[0])
+
+
+@torch.inference_mode()
+def test_the_benchs_dense_model_is_one_of_the_same_weights(run_dir):
+    model, _ = load_checkpoint(run_dir, "cpu")
+    dense = dense_twin(model)
+    assert not any(isinstance(block, RoutedBlock) for block in dense.blocks)
+    weights = model.state_dict()
+    for name, weight in dense.state_dict().items():
+        inner = re.sub(r"^(blocks\.[13])\.", r"\1.block.", name)
+        assert torch.equal(weight, weights[inner])
+
+
+def test_the_bench_writes_what_it_measured(run_dir, capfdbinary):
+    _, said = sampled(run_dir, capfdbinary, "--bench")
+    (row,) = json.loads((run_dir / "bench.json").read_text(encoding="utf-8"))["rows"]
+    assert set(row) == set(
+        "device dtype n_layer n_embd batch context share fast_tok_s all_blocks_tok_s dense_tok_s no_cache_tok_s "
+        "ideal cache_bytes dense_cache_bytes torch".split()
+    )
+    assert (row["n_layer"], row["n_embd"], row["batch"], row["context"]) == (4, 16, 1, 24)
+    assert min(row[f"{way}_tok_s"] for way in WAYS) > 0 and 0 < row["share"] < 1
+    assert row["cache_bytes"] < row["dense_cache_bytes"] == 4 * 23 * 2 * 16 * 4
+    config = MoDConfig(**{**SMALL, "vocab_size": 257})
+    dense = dataclasses.replace(config, capacity=1.0)
+    keys = 24 - 12 / 2
+    assert row["ideal"] == dense.flops_per_token(2 * keys) / config.flops_per_token(2 * keys, row["share"])
+    assert f"{row['dense_tok_s']:,.1f}".encode() in said

@@ -35,48 +35,43 @@ def follow_progress():
     train.learning_rate = learning_rate
 
 
-def change_score(change):
-    """Patch RoutedBlock.score: change(block, x, r, score, logit) returns the three anew."""
-    score = mod.RoutedBlock.score
-    mod.RoutedBlock.score = lambda block, x: change(block, x, *score(block, x))
+def attached():
+    """As in the paper: the router's gradient reaches the residual stream too. The predictor's does not."""
+    decide = mod.RoutedBlock.decide
+    mod.RoutedBlock.read = lambda block, x: mod.norm(x.float())
+    mod.RoutedBlock.decide = lambda block, seen, r: decide(block, seen.detach(), r)
 
 
-def centred(block, x, r, score, logit):
+def centred():
     """The gate's gradient is centred over the taken tokens, so that they compete; values stay as they are."""
-    taken = torch.zeros_like(r).scatter(1, score.topk(block.config.k(r.size(1)), dim=1).indices, 1.0)
-    mean = (r * taken).sum() / taken.sum()
-    return r + (mean.detach() - mean), score, logit
+    gate = mod.RoutedBlock.gate
+
+    def changed(block, r):
+        if block.training:
+            taken = torch.zeros_like(r).scatter(1, r.topk(block.config.k(r.size(1)), dim=1).indices, 1.0)
+            mean = (r * taken).sum() / taken.sum()
+            r = r + (mean.detach() - mean)
+        return gate(block, r)
+
+    mod.RoutedBlock.gate = changed
 
 
-def noise_until(end, start=0.0):
-    """Selection by r plus Gumbel noise; the noise fades from all there is, at first, to none at progress end."""
+def noise_until(end):
+    """Selection by r plus Gumbel noise, which fades from nothing but noise, at first, to none at progress end."""
 
-    def change(block, x, r, score, logit):
-        share = max(0.0, 1 - max(0.0, progress - start) / (end - start))
+    def rank(block, r):
+        share = max(0.0, 1 - progress / end)
         if not block.training or share == 0:
-            return r, score, logit
-        spread = r.detach().std() + 1e-6
+            return r
         gumbel = -torch.empty_like(r).exponential_().log()
-        return r, (1 - share) * r / spread + share * gumbel, logit
+        return (1 - share) * r / (r.detach().std() + 1e-6) + share * gumbel
 
-    return change
-
-
-def raw_input(block, x, r, score, logit):
-    """The router reads the residual stream itself, not its normalised form."""
-    r = block.router(x.detach().float()).squeeze(-1)
-    return r, r, logit
+    mod.RoutedBlock.rank = rank
 
 
-def attached(block, x, r, score, logit):
-    """As in the paper: the router's gradient reaches the residual stream too."""
-    with torch.autocast(x.device.type, enabled=False):
-        r = block.router(mod.norm(x.float())).squeeze(-1)
-    return (
-        (r, r, r if block.predictor is None else logit)
-        if block.config.routing == "topk"
-        else (r, score, logit)
-    )
+def raw_input():
+    """The router reads the residual stream itself, not its normalised form. (So does the predictor.)"""
+    mod.RoutedBlock.read = lambda block, x: x.detach().float()
 
 
 def straight_through():
@@ -108,17 +103,14 @@ VARIANTS = {  # name: (flags, patch or None)
     "dense_half": ({"capacity": 1, "n_layer": 4}, None),  # what is left without the routed blocks
     "dense_full": ({"capacity": 1}, None),
     "random": ({"routing": "random"}, None),
-    "attached": ({}, lambda: change_score(attached)),
-    "attached_raw_gate": ({"gate": "raw"}, lambda: change_score(attached)),  # the paper, to the letter
-    "attached_noise_30_centred": (
-        {},
-        lambda: (change_score(attached), change_score(noise_until(0.3)), change_score(centred)),
-    ),
-    "centred": ({}, lambda: change_score(centred)),
-    "noise_30": ({}, lambda: change_score(noise_until(0.3))),
+    "attached": ({}, attached),
+    "attached_raw_gate": ({"gate": "raw"}, attached),  # the paper, to the letter
+    "attached_noise_30_centred": ({}, lambda: (attached(), noise_until(0.3), centred())),
+    "centred": ({}, centred),
+    "noise_30": ({}, lambda: noise_until(0.3)),
     "straight_through": ({}, straight_through),
     "raw_gate": ({"gate": "raw"}, None),
-    "raw_input": ({}, lambda: change_score(raw_input)),
+    "raw_input": ({}, raw_input),
     "fix_1": ({"causal": "router"}, None),
     "router_lr_1": ({"router_lr_scale": 1}, None),
     "router_lr_0.03": ({"router_lr_scale": 0.03}, None),

@@ -35,8 +35,7 @@ KINDS = {  # of bytes: the first pattern that matches
     "later letter of a word": r"[A-Za-z_]",
     "digit": r"[0-9]",
     "bracket or quote": r"""[][(){}"']""",
-    "other punctuation": r"[!-~]",
-    "anything else": r"[\s\S]",
+    "other punctuation, end of text": r"[\s\S]",
 }
 
 
@@ -50,22 +49,21 @@ def kinds_of(tokens):
     return kinds
 
 
-def load(out, size=0):
-    """The byte-level model in out, on the CPU, and its validation data. UserError if its context is below size."""
+def load(out, T=None):
+    """The model of a byte-level run, on the CPU, and its validation data, tokens (N, T) and those that follow them.
+
+    They are the ones that evaluate in train.py takes. T is the model's context; UserError if that is below the T given.
+    """
     model, checkpoint = load_checkpoint(out, "cpu")
     _, data, meta = load_data(ROOT / checkpoint["train"]["data"])
+    T = T or model.config.block_size
     if meta["tokenizer"] != "bytes" or meta["sha256"] != checkpoint["meta"]["sha256"]:
         raise UserError(f"{out} was not trained on the bytes that are in {checkpoint['train']['data']} now")
-    if model.config.block_size < size:
-        raise UserError(f"{out} has a context of {model.config.block_size}, less than the other's {size}")
-    return model, data
-
-
-def windows(data, size):
-    """Evenly spread validation tokens and those that follow them, (N, size) each, as evaluate in train.py has them."""
-    starts = np.linspace(0, len(data) - 1 - size, max(1, min(EVAL_TOKENS, len(data) - 1) // size)).astype(int)
-    batch = torch.from_numpy(np.stack([data[i : i + size + 1] for i in starts]).astype(np.int64))
-    return batch[:, :-1], batch[:, 1:]
+    if model.config.block_size < T:
+        raise UserError(f"{out} has a context of {model.config.block_size}, less than the other's {T}")
+    starts = np.linspace(0, len(data) - 1 - T, max(1, min(EVAL_TOKENS, len(data) - 1) // T)).astype(int)
+    batch = torch.from_numpy(np.stack([data[i : i + T + 1] for i in starts]).astype(np.int64))
+    return model, batch[:, :-1], batch[:, 1:]
 
 
 @torch.no_grad()
@@ -78,21 +76,12 @@ def look(model, x, y, rank=None, **options):
     score, losses, routes = RoutedBlock.score, [], []
     for rows in torch.arange(len(x)).split(16):
         if rank:
-            RoutedBlock.score = lambda block, h, rows=rows: (
-                score(block, h)[0],
-                rank(rows),
-                score(block, h)[2],
-            )
+            RoutedBlock.score = lambda b, h, rows=rows: (score(b, h)[0], rank(rows), score(b, h)[2])
         logits, _, route = model(x[rows], **options)
         losses.append(F.cross_entropy(logits.transpose(1, 2), y[rows], reduction="none"))
         routes.append(route)
     RoutedBlock.score = score
     return torch.cat(losses), routes[0] and Route(*(torch.cat(part, 1) for part in zip(*routes, strict=True)))
-
-
-def quantile_of(values, n):
-    """Which of n equally large groups each value belongs to, 0 the lowest; the same shape."""
-    return (values.flatten().argsort().argsort() * n // values.numel()).view(values.shape)
 
 
 def table(title, header, rows):
@@ -111,22 +100,22 @@ def main(argv):
     parser.add_argument("--dense", help="folder of a dense model: hard is what has a high loss under it")
     parser.add_argument("--other", help="folder of a checkpoint whose choice is compared with this one's")
     args = parser.parse_args(argv)
-    model, data = load(args.out)
+    model, x, y = load(args.out)
     T, k = model.config.block_size, model.config.k(model.config.block_size)
-    x, y = windows(data, T)
     topk, route = look(model, x, y)
     if route is None:
         raise UserError(f"{args.out} is a dense model; train one that has routers with `python train.py`")
     skip, _ = look(model, x, y, causal=True, threshold=math.inf)
-    hard = look(load(args.dense, T)[0], x, y)[0] if args.dense else skip
-    hard_by = args.dense or "this model with every routed block skipped"
-    print(f"## {args.out}: {x.numel():,} validation tokens, top-k takes {k} of {T}; hard: for {hard_by}")
+    hard, hard_for = skip, "this model without its routed blocks"
+    if args.dense:
+        hard, hard_for = look(load(args.dense, T)[0], x, y)[0], args.dense
+    print(f"## {args.out}: {x.numel():,} validation tokens, top-k takes {k} of {T}. Hard: for {hard_for}")
     losses = {
         "top-k": topk,
         "causal": look(model, x, y, causal=True)[0],
         "every routed block skipped": skip,
         "random, as many tokens": look(model, x, y, rank=lambda rows: torch.rand(len(rows), T))[0],
-        "oracle: the hard tokens, as many": look(model, x, y, rank=lambda rows: hard[rows])[0],
+        "oracle: the hardest, as many": look(model, x, y, rank=lambda rows: hard[rows])[0],
     }
     rows = [(way, f"{v.mean():.4f}", f"{v.mean() - topk.mean():+.4f}") for way, v in losses.items()]
     table("Loss by who is chosen", ("choice", "nats per token", "over top-k"), rows)
@@ -146,16 +135,13 @@ def main(argv):
     title = "The bytes that fill each block: share of the byte that is taken (lift), its part of all that is taken"
     table(title, names, zip(*columns, strict=True))
 
-    groups = [
-        (f"position in the context, quarter {q}", torch.arange(T).expand_as(x) * 4 // T == q - 1)
-        for q in (1, 2, 3, 4)
-    ]
-    groups += [(f"loss, quarter {q} (4 is hard)", quantile_of(hard, 4) == q - 1) for q in (1, 2, 3, 4)]
-    groups += [(kind, kinds_of(x) == i) for i, kind in enumerate(KINDS)]
-    rows = [
-        (group, percent(g), *(percent(taken[g]) for taken in (*route.taken, route.taken.any(0))))
-        for group, g in groups
-    ]
+    position, kind = torch.arange(T).expand_as(x) * 4 // T, kinds_of(x)
+    loss = (hard.flatten().argsort().argsort() * 4 // hard.numel()).view_as(hard)
+    groups = {f"position in the context, quarter {q + 1}": position == q for q in range(4)}
+    groups |= {f"loss, quarter {q + 1} (4: hard)": loss == q for q in range(4)}
+    groups |= {name: kind == i for i, name in enumerate(KINDS)}
+    sets = *route.taken, route.taken.any(0)
+    rows = [(name, percent(g), *(percent(taken[g]) for taken in sets)) for name, g in groups.items()]
     table("Share taken", ("of the tokens", "part of the text", *names, "by any block"), rows)
 
     if args.other:
