@@ -60,6 +60,7 @@ from sample import main as sample_main
 from train import TrainConfig, load_checkpoint
 
 HERE = Path(__file__).resolve().parent
+torch.set_num_threads(1)  # these models are too small to share out
 
 # ---------------------------------------------------------------------------------------------------------
 # Helpers

@@ -10,7 +10,7 @@ spending      what the routed blocks process: by kind of byte, position, and los
 bench         sampling speed and cache size, from bench.json
 ablations     the loss of each variant of the recipe, from ablations.csv
 
-The first, second and fourth need a byte-level run. What is "processed" is so causally, as when sampling.
+"Processed" means causally, as when sampling; "taken" by top-k. The first, second and fourth need a byte-level run.
 """
 
 import argparse
@@ -33,15 +33,26 @@ from experiments.isoflop import COLORS  # noqa: E402
 from experiments.router_stats import KINDS, kinds_of, load, look  # noqa: E402
 from experiments.sweep import read_table  # noqa: E402
 from prepare_data import UserError, load_data, run  # noqa: E402
+from train import EVAL_TOKENS, FINAL_EVAL_TOKENS, load_checkpoint  # noqa: E402
 
-INK, GREY, PALE = "#1b1b1b", "#6b6b6b", "#e9e9e9"
+INK, GREY, PALE, FAINT = "#1b1b1b", "#6b6b6b", "#e9e9e9", "#9aa5b1"
 FAMILIES = {"dense": "dense", "mod": "MoD", "random": "random routing"}
-MADE_BY = {  # what makes an input that is missing
+MADE_BY = {  # the command for an input that is missing
     "mod": "python train.py --flops 2e13 --out {path}",
     "dense": "python train.py --capacity 1 --n_layer 4 --flops 2e13 --out {path}",
     "random": "python train.py --routing random --flops 2e13 --out {path}",
     "bench.json": "python experiments/bench.py",
     "ablations.csv": "python experiments/ablate.py",
+}
+STYLE = {
+    "savefig.dpi": 160,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
 }
 
 
@@ -50,84 +61,68 @@ def routed_blocks(model):
 
 
 def shades(n):
-    """A colour for each of n blocks, early to late."""
+    """A colour for each of n things in an order."""
     return plt.get_cmap("plasma")(np.linspace(0.05, 0.8, n))
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Inside one model
+
+
 def find_snippet(data, start):
-    """Where in data (byte tokens) the first paragraph of 100 to 160 bytes and short lines begins and ends."""
-    text = "".join(map(chr, data))
-    for match in re.finditer(rf"(?<=\n\n){re.escape(start)}.*\n(?:.+\n)+", text):
-        lines = match[0].splitlines()
-        if 100 <= len(match[0]) <= 160 and max(map(len, lines)) <= 64 and match[0].isascii():
+    """Begin and end of the first paragraph in data (byte tokens) that is neither too short nor too long to show."""
+    for match in re.finditer(rf"(?<=\n\n){re.escape(start)}.*\n(?:.+\n)+", "".join(map(chr, data))):
+        widest = max(map(len, match[0].splitlines()))
+        if 100 <= len(match[0]) <= 150 and widest <= 44 and match[0].isascii():
             return match.span()
-    raise UserError(f"no paragraph of 100 to 160 bytes begins with {start!r}; choose another --snippet")
+    raise UserError(f"no paragraph of 100 to 150 bytes begins with {start!r}; choose another --snippet")
 
 
 def routing_map(args):
     """The snippet, line by line; under each byte a cell per routed block, filled where the block processed it."""
     model, *_ = load(args.mod)
-    data = load_data(ROOT / json.loads((args.mod / "log.jsonl").open().readline())["train"]["data"])[1]
+    data = load_data(ROOT / load_checkpoint(args.mod, "cpu")[1]["train"]["data"])[1]
     begin, end = find_snippet(data, args.snippet)
-    tokens = torch.from_numpy(data[max(0, end - model.config.block_size) : end].astype(np.int64))
-    taken = look(model, tokens[None], tokens[None], causal=True)[1].taken[:, 0, begin - end :]  # (L, length)
+    tokens = torch.from_numpy(data[max(0, end - model.config.block_size) : end].astype(np.int64))[None]
+    taken = look(model, tokens, tokens, causal=True)[1].taken[:, 0, begin - end :]  # (L, length)
     blocks = routed_blocks(model)
     lines = "".join(map(chr, data[begin:end])).splitlines(keepends=True)
-    width, height = max(map(len, lines)), 1.75 + 0.5 * len(blocks)  # of a line of text, in cells
-    figure = plt.figure(layout="none", figsize=(10, 10 * (height * len(lines) + 5.2) / (width + 6)))
-    axis = figure.add_axes((0, 0, 1, 1))
-    axis.set(xlim=(-5, width + 1), ylim=(height * len(lines) + 1.9, -3.3), aspect="equal")
+    height = 1.85 + 0.55 * len(blocks)  # of a line with its cells; the unit is a byte's width
+    left, right, top, bottom = -4.5, max(map(len, lines)) + 0.7, -5.2, height * len(lines) + 1.2
+    figure = plt.figure(figsize=(10, 10 * (bottom - top) / (right - left)), layout="none")
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(left, right), ylim=(bottom, top))
     axis.axis("off")
-    size = 10 * 72 / (width + 6)  # of a cell, in points
+    unit = 10 * 72 / (right - left)  # in points
 
-    def box(x, y, w, h, color):
-        style = "round,pad=0,rounding_size=0.12"
-        axis.add_patch(
-            FancyBboxPatch((x + 0.05, y), w - 0.1, h, boxstyle=style, linewidth=0, facecolor=color)
-        )
+    def box(x, y, h, color):
+        shape = FancyBboxPatch((x + 0.05, y), 0.9, h, boxstyle="round,pad=0,rounding_size=0.12")
+        axis.add_patch(shape).set(linewidth=0, facecolor=color)
 
-    i, heat = 0, plt.get_cmap("Oranges")
-    for row, line in enumerate(lines):
-        y = row * height
+    i = 0
+    for y, line in zip(np.arange(len(lines)) * height, lines, strict=True):
         for j, block in enumerate(blocks):
-            axis.text(
-                -0.3,
-                y + 1.42 + 0.5 * j,
-                f"block {block}",
-                size=0.42 * size,
-                color=GREY,
-                ha="right",
-                va="center",
-            )
+            name = f"block {block}"
+            axis.text(-0.3, y + 1.5 + 0.55 * j, name, size=0.42 * unit, color=GREY, ha="right", va="center")
         for x, char in enumerate(line):
             depth = taken[:, i].float().mean().item()
-            box(x, y, 1, 1.1, heat(0.75 * depth) if depth else "white")
-            shown = {" ": "·", "\n": "↵", "\t": "⇥"}.get(char, char)
-            color = "#9a9a9a" if char.isspace() else INK
-            axis.text(x + 0.5, y + 0.55, shown, size=0.95 * size, color=color, ha="center", va="center",
-                      family="monospace")  # fmt: skip
+            box(x, y, 1.12, plt.get_cmap("Oranges")(0.75 * depth) if depth else "white")
+            shown, color = {" ": "·", "\n": "↵", "\t": "⇥"}.get(char, char), GREY if char.isspace() else INK
+            text = axis.text(x + 0.5, y + 0.56, shown, size=0.95 * unit, color=color, ha="center")
+            text.set(va="center", family="monospace")
             for j in range(len(blocks)):
-                box(x, y + 1.22 + 0.5 * j, 1, 0.4, COLORS["mod"] if taken[j, i] else PALE)
+                box(x, y + 1.27 + 0.55 * j, 0.46, COLORS["mod"] if taken[j, i] else PALE)
             i += 1
-    axis.text(
-        0,
-        -2.3,
-        "Which bytes does a routed block spend compute on?",
-        size=1.15 * size,
-        color=INK,
-        weight="bold",
-    )
+    axis.text(0, -3.6, "Which bytes get the extra compute?", size=1.1 * unit, color=INK, weight="bold")
     note = (
-        f"Real validation text through a trained Mixture-of-Depths model; on it, each routed block processed "
-        f"{taken.float().mean():.0%} of the bytes.\nThe other blocks are ordinary and process all of them."
+        "Unseen text through a trained Mixture-of-Depths model. A routed block picks the bytes it processes, "
+        f"here {taken.float().mean():.0%}\nof them; the others skip it. The other blocks process every byte. "
+        "The darker a byte, the more routed blocks it went through."
     )
-    axis.text(0, -0.5, note, size=0.55 * size, color=GREY)
-    legend = [
-        Patch(color=COLORS["mod"], label="processed"),
-        Patch(color=PALE, label="skipped: no compute, nothing cached"),
-    ]
-    axis.legend(handles=legend, loc="lower left", bbox_to_anchor=(5 / (width + 6), 0), ncols=2, frameon=False,
-                fontsize=0.6 * size, labelcolor=INK, borderpad=0)  # fmt: skip
+    axis.text(0, -0.75, note, size=0.5 * unit, color=GREY, linespacing=1.4)
+    colors = {"processed": COLORS["mod"], "skipped: no compute, nothing in the KV cache": PALE}
+    handles = [Patch(color=color, label=label) for label, color in colors.items()]
+    legend = axis.legend(handles=handles, ncols=2, fontsize=0.5 * unit, loc="lower left", borderpad=0)
+    legend.set_bbox_to_anchor((0, bottom - 0.5), transform=axis.transData)
     return figure
 
 
@@ -135,56 +130,31 @@ def histograms(args):
     """Per routed block, how r and the predictor's probability are distributed over tokens taken by top-k or not."""
     model, x, y = load(args.mod)
     route, blocks = look(model, x, y)[1], routed_blocks(model)
-    figure, axes = plt.subplots(
-        2, len(blocks), figsize=(2.5 * len(blocks), 4.6), sharex="row", sharey="row", squeeze=False
-    )
-    rows = ((route.weight, "router weight r"), (route.logit.sigmoid(), "predictor probability"))
-    for (values, label), row in zip(rows, axes, strict=True):
-        bins = (
-            np.linspace(values.quantile(0.001), values.quantile(0.999), 41)
-            if row is axes[0]
-            else np.linspace(0, 1, 21)
-        )
-        for j, axis in enumerate(row):
-            for chosen, color, name in (
-                (~route.taken[j], "#9aa5b1", "not taken"),
-                (route.taken[j], COLORS["mod"], "taken"),
-            ):
-                weights = np.full(int(chosen.sum()), 100 / chosen.numel())
-                axis.hist(values[j][chosen], bins, weights=weights, color=color, alpha=0.75, label=name)
-            axis.set(xlabel=label, title=f"block {blocks[j]}" if row is axes[0] else "")
-        row[0].set_ylabel("% of the tokens")
-    for axis in axes[1]:
-        axis.set_yscale("log")
-        axis.axvline(0.5, color=INK, linewidth=0.8, linestyle="--")
-    axes[0, 0].legend(title="by top-k")
+    size = (2.5 * len(blocks), 4.6)
+    figure, axes = plt.subplots(2, len(blocks), figsize=size, sharex="row", sharey="row", squeeze=False)
+    probability = route.logit.sigmoid()
+    low, high = np.quantile(route.weight, (0.0005, 0.9995))
+    for j, (upper, lower) in enumerate(axes.T):
+        for name, color, chosen in (
+            ("not taken", FAINT, ~route.taken[j]),
+            ("taken by top-k", COLORS["mod"], route.taken[j]),
+        ):
+            style = {"color": color, "alpha": 0.75, "label": name}
+            style["weights"] = np.full(int(chosen.sum()), 100 / chosen.numel())
+            upper.hist(route.weight[j][chosen], np.linspace(low, high, 41), **style)
+            lower.hist(probability[j][chosen], np.linspace(0, 1, 21), **style)
+        upper.set(title=f"block {blocks[j]}", xlabel="router weight r")
+        lower.set(xlabel="predictor probability", yscale="log")
+        lower.axvline(0.5, color=INK, linewidth=0.8, linestyle="--")
+    axes[0, 0].set_ylabel("% of the tokens")
+    axes[1, 0].set_ylabel("% of the tokens (log scale)")
+    axes[0, -1].legend()
     return figure
 
 
-def curves(args):
-    """Causal validation loss against training FLOPs and wall-clock; the last evaluation is on more tokens."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
-    first, last = [], []
-    for family, name in FAMILIES.items():
-        lines = (getattr(args, family) / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        log = [json.loads(line) for line in lines[1:]]
-        during = log[:-1] if len(log) > 1 else log
-        losses = [line["val_causal"] for line in during]
-        label = f"{name}: {log[-1]['val_causal']:.3f} at the end"
-        axes[0].plot(
-            [line["flops"] for line in during], losses, "o-", ms=3, color=COLORS[family], label=label
-        )
-        minutes = [line["timing"]["seconds"] / 60 for line in during]
-        axes[1].plot(minutes, losses, "o-", ms=3, color=COLORS[family])
-        first, last = [*first, losses[len(losses) // 5]], [*last, min(losses)]
-    axes[0].set(
-        xlabel="training FLOPs",
-        ylabel="causal validation loss (nats per token)",
-        ylim=(min(last) - 0.03, max(first)),
-    )
-    axes[1].set(xlabel="wall-clock (minutes, evaluation included)")
-    axes[0].legend()
-    return figure
+def shares(sets, group, n):
+    """% of the tokens in each of n groups that each of the sets (bool, N, T) holds: (len(sets), n)."""
+    return np.array([[100 * s[group == g].float().mean() for g in range(n)] for s in sets])
 
 
 def spending(args):
@@ -192,140 +162,149 @@ def spending(args):
     model, x, y = load(args.mod)
     taken, blocks = look(model, x, y, causal=True)[1].taken, routed_blocks(model)
     hard = look(model, x, y, causal=True, threshold=math.inf)[0]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4), width_ratios=(1.5, 1, 1))
     kinds = kinds_of(x)
-    names = [name for i, name in enumerate(KINDS) if (kinds == i).float().mean() > 0.001]
-    sets = [*taken, taken.any(0)]
-    share = np.array(
-        [[100 * s[kinds == list(KINDS).index(name)].float().mean() for s in sets] for name in names]
-    )
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4.2), width_ratios=(1.5, 1, 1))
-    left.imshow(share, cmap="Oranges", vmin=0, vmax=110, aspect="auto")
-    for (i, j), value in np.ndenumerate(share):
-        left.text(
-            j, i, f"{value:.0f}", ha="center", va="center", color="white" if value > 65 else INK, size=9
-        )
-    part = [f"{name} ({100 * (kinds == list(KINDS).index(name)).float().mean():.0f} %)" for name in names]
-    left.set_yticks(range(len(names)), part)
-    left.set_xticks(range(len(sets)), [*(str(i) for i in blocks), "any"])
+    part = kinds.flatten().bincount(minlength=len(KINDS)) / kinds.numel()
+    shown = part > 0.001
+    by_kind = shares([*taken, taken.any(0)], kinds, len(KINDS)).T[shown]
+    left.imshow(by_kind, cmap="Oranges", vmin=0, vmax=110, aspect="auto")
+    for (i, j), value in np.ndenumerate(by_kind):
+        left.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value > 65 else INK)
+    names = [f"{name} ({100 * p:.0f})" for name, p in zip(KINDS, part, strict=True)]
+    left.set_yticks(range(len(by_kind)), np.array(names)[shown])
+    left.set_xticks(range(len(blocks) + 1), [*(f"block {i}" for i in blocks), "any"])
     left.axvline(len(blocks) - 0.5, color="white", linewidth=3)
     left.tick_params(length=0)
-    left.set(xlabel="routed block", title="by kind of byte (its part of the text): % processed")
     left.spines[:].set_visible(False)
+    left.set_title("% processed, by kind of byte (in brackets: % of the text)")
+
+    T = x.size(1)
+    position = torch.arange(T).expand_as(x) * 8 // T
     decile = (hard.flatten().argsort().argsort() * 10 // hard.numel()).view_as(hard)
-    position = torch.arange(x.size(1)).expand_as(x) * 16 // x.size(1)
+    by_position, by_loss = shares(taken, position, 8), shares(taken, decile, 10)
     for j, color in enumerate(shades(len(blocks))):
-        by_position = [100 * taken[j][position == q].float().mean() for q in range(16)]
-        middle.plot(
-            (np.arange(16) + 0.5) * x.size(1) / 16,
-            by_position,
-            "o-",
-            ms=3,
-            color=color,
-            label=f"block {blocks[j]}",
-        )
-        right.plot(
-            range(1, 11),
-            [100 * taken[j][decile == q].float().mean() for q in range(10)],
-            "o-",
-            ms=3,
-            color=color,
-        )
+        style = {"marker": "o", "ms": 3, "color": color, "label": f"block {blocks[j]}"}
+        middle.plot((np.arange(8) + 0.5) * T / 8, by_position[j], **style)
+        right.plot(range(1, 11), by_loss[j], **style)
     for axis in (middle, right):
-        axis.axhline(100 * model.config.capacity, color=GREY, linewidth=0.8, linestyle="--")
-        axis.set_ylim(bottom=0)
-    middle.set(xlabel="position in the context", ylabel="% processed", title="by position")
-    right.set(
-        xlabel="decile of the loss, routed blocks skipped",
-        title="by how hard the next byte is",
-        xticks=range(1, 11),
-    )
-    middle.legend()
+        axis.axhline(100 * model.config.capacity, color=GREY, linewidth=0.8, linestyle="--", label="capacity")
+        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
+    middle.set(title="% processed, by position in the context", xlabel="position")
+    right.set(title="% processed, by how hard the next byte is", xticks=range(1, 11))
+    right.set_xlabel("decile of the loss when all routed blocks are skipped")
+    middle.legend(loc="lower right", ncols=2)
     return figure
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Many runs
+
+
+def curves(args):
+    """Causal validation loss against training FLOPs and wall-clock, without the first fifth of each run."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
+    for family, name in FAMILIES.items():
+        lines = (getattr(args, family) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        log = [json.loads(line) for line in lines[1:]]
+        during = log[
+            len(log) // 5 : -1
+        ]  # the last evaluation is on more tokens, so it is no point of the curve
+        losses = [line["val_causal"] for line in during]
+        style = {
+            "marker": "o",
+            "ms": 3,
+            "color": COLORS[family],
+            "label": f"{name}: {log[-1]['val_causal']:.3f}",
+        }
+        left.plot([line["flops"] for line in during], losses, **style)
+        right.plot([line["timing"]["seconds"] / 60 for line in during], losses, **style)
+    left.set(xlabel="training FLOPs", ylabel="causal validation loss (nats per token)")
+    right.set(xlabel="wall-clock (minutes, evaluation included)")
+    left.legend(title=f"at the end, on {FINAL_EVAL_TOKENS // EVAL_TOKENS} x the tokens", alignment="left")
+    return figure
+
+
+def grouped_bars(axis, groups, series):
+    """Bars side by side in each group, for series of (name, colour, a value per group). Returns those of each."""
+    width, drawn = 0.84 / len(series), []
+    for j, (name, color, values) in enumerate(series):
+        x = np.arange(len(groups)) + width * (j - (len(series) - 1) / 2)
+        drawn.append(axis.bar(x, values, 0.92 * width, color=color, label=name))
+    axis.set_xticks(range(len(groups)), groups)
+    axis.set_xlabel("width (n_embd)")
+    return drawn
 
 
 def bench(args):
     """Speed over a dense model with a cache: all ways at batch 1, the fast path by batch; and bytes of KV cache."""
     rows = json.loads((args.assets / "bench.json").read_text(encoding="utf-8"))["rows"]
-    rows = [row for row in rows if row["device"] == rows[0]["device"]]
-    context = max(row["context"] for row in rows)
-    one = sorted(
-        (row for row in rows if row["batch"] == 1 and row["context"] == context),
-        key=lambda row: row["n_embd"],
-    )
+    table = {(row["n_embd"], row["batch"], row["context"]): row for row in rows}
+    widths, batches, contexts = (sorted({key[i] for key in table}) for i in range(3))
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.9))
-    x = np.arange(len(one))
-    ways = (("fast", "MoD, skipping", COLORS["mod"]), ("all_blocks", "MoD, every block computed", "#e8a598"),
-            ("no_cache", "MoD, no cache", "#bbbbbb"))  # fmt: skip
-    for j, (way, name, color) in enumerate(ways):
-        ratio = [row[f"{way}_tok_s"] / row["dense_tok_s"] for row in one]
-        bars = left.bar(x + 0.27 * (j - 1), ratio, 0.25, color=color, label=name)
-        if way == "fast":
-            left.bar_label(bars, [f"{row['fast_tok_s']:,.0f}/s" for row in one], size=7, padding=2)
-    left.hlines(
-        [row["ideal"] for row in one], x - 0.42, x - 0.1, color=INK, linewidth=1.5, label="ideal, by FLOPs"
+
+    def ratio(way, row):
+        return row[f"{way}_tok_s"] / row["dense_tok_s"] if row else math.nan
+
+    one = [table[n, batches[0], contexts[-1]] for n in widths]
+    ways = (
+        ("fast", "MoD, skipping", COLORS["mod"]),
+        ("all_blocks", "MoD, every block computed", "#e8a598"),
+        ("no_cache", "MoD, no cache", "#bbbbbb"),
     )
-    left.set(title=f"batch 1, context {context:,}", ylabel="tokens per second, dense with cache = 1")
-    batches, widths = sorted({row["batch"] for row in rows}), sorted({row["n_embd"] for row in rows})
-    short = min(row["context"] for row in rows)
-    for j, (batch, color) in enumerate(zip(batches, shades(len(batches)), strict=True)):
-        ratio = {
-            r["n_embd"]: r["fast_tok_s"] / r["dense_tok_s"]
-            for r in rows
-            if (r["batch"], r["context"]) == (batch, short)
-        }
-        place = [widths.index(n) + 0.8 * (j - (len(batches) - 1) / 2) / len(batches) for n in ratio]
-        middle.bar(place, ratio.values(), 0.75 / len(batches), color=color, label=f"batch {batch}")
-    middle.set(title=f"MoD, skipping; context {short:,}", ylabel="tokens per second, dense with cache = 1")
-    for j, (key, name, family) in enumerate(
-        (("dense_cache_bytes", "dense", "dense"), ("cache_bytes", "MoD", "mod"))
-    ):
-        bars = right.bar(
-            x + 0.4 * j - 0.2, [row[key] / 2**20 for row in one], 0.37, color=COLORS[family], label=name
-        )
-    right.bar_label(
-        bars, [f"{row['cache_bytes'] / row['dense_cache_bytes']:.2f} x" for row in one], size=7, padding=2
+    fast, *_ = grouped_bars(
+        left, widths, [(name, color, [ratio(way, row) for row in one]) for way, name, color in ways]
     )
-    right.set(title=f"KV cache, batch 1, context {context:,}", ylabel="MiB in use")
-    for axis, ticks in (
-        (left, [row["n_embd"] for row in one]),
-        (middle, widths),
-        (right, [row["n_embd"] for row in one]),
-    ):
-        axis.set_xticks(range(len(ticks)), ticks)
-        axis.set(xlabel="width (n_embd)", ylim=(0, axis.get_ylim()[1] * 1.3))
-        axis.legend(fontsize=8, ncols=2)
+    speeds = [f"{row['fast_tok_s']:,.0f} per s" for row in one]
+    left.bar_label(fast, speeds, label_type="center", rotation=90, color="white", size=8)
+    for bar, row in zip(fast, one, strict=True):
+        label = None if row is not one[0] else "ideal, by FLOPs"
+        left.hlines(row["ideal"], bar.get_x(), bar.get_x() + bar.get_width(), color=INK, label=label)
+    by_batch = [
+        (f"batch {b}", color, [ratio("fast", table.get((n, b, contexts[0]))) for n in widths])
+        for b, color in zip(batches, shades(len(batches)), strict=True)
+    ]
+    grouped_bars(middle, widths, by_batch)
+    caches = [("dense", COLORS["dense"], "dense_cache_bytes"), ("MoD", COLORS["mod"], "cache_bytes")]
+    mib = [(name, color, [row[key] / 2**20 for row in one]) for name, color, key in caches]
+    shrunk = [f"{row['cache_bytes'] / row['dense_cache_bytes']:.2f} x" for row in one]
+    right.bar_label(grouped_bars(right, widths, mib)[1], shrunk, size=8, padding=2)
+
+    left.set_title(f"Speed: batch {batches[0]}, context {contexts[-1]:,}")
+    middle.set_title(f"Speed, MoD, skipping: context {contexts[0]:,}")
+    right.set(title=f"KV cache: batch {batches[0]}, context {contexts[-1]:,}", ylabel="MiB in use")
     for axis in (left, middle):
-        axis.axhline(1, color=COLORS["dense"], linewidth=1.2)
+        axis.axhline(1, color=COLORS["dense"], label="dense, with cache")
+        axis.set_ylabel("tokens per second, dense = 1")
+    for axis in (left, middle, right):
+        axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
+        axis.legend(ncols=2, fontsize=8, loc="upper left")
     figure.suptitle(
-        f"Sampling on {rows[0]['device']}, {rows[0]['dtype']}, {rows[0]['n_layer']} blocks", size=10
+        f"Sampling: {rows[0]['device']}, {rows[0]['dtype']}, {rows[0]['n_layer']} blocks", size=10
     )
     return figure
 
 
 def ablations(args):
-    """Causal loss of each variant at the budget that most of them have: a dot per seed, and the mean."""
-    rows = [{**row, "budget": float(row["budget"])} for row in read_table(args.assets / "ablations.csv")]
-    variants = defaultdict(set)
-    for row in rows:
-        variants[row["budget"]].add(row["variant"])
-    budget = args.budget or max(variants, key=lambda budget: len(variants[budget]))
-    losses = defaultdict(list)
-    for row in rows:
-        if row["budget"] == budget:
-            losses[row["variant"]].append(float(row["val_causal"]))
-    order = sorted(losses, key=lambda name: -np.mean(losses[name]))
-    figure, axis = plt.subplots(figsize=(8, 1.1 + 0.26 * len(order)))
-    for i, name in enumerate(order):
+    """Causal loss of each variant at one budget, of which most have a run: a dot per seed, and the mean."""
+    budgets = defaultdict(lambda: defaultdict(list))
+    for row in read_table(args.assets / "ablations.csv"):
+        budgets[float(row["budget"])][row["variant"]].append(float(row["val_causal"]))
+    budget = args.budget or max(budgets, key=lambda budget: len(budgets[budget]))
+    variants = sorted(budgets[budget].items(), key=lambda item: -np.mean(item[1]))
+    figure, axis = plt.subplots(figsize=(8, 1.1 + 0.26 * len(variants)))
+    for i, (name, losses) in enumerate(variants):
         color = COLORS[{"dense_half": "dense", "random": "random"}.get(name, "mod")]
-        axis.plot(losses[name], [i] * len(losses[name]), "o", color=color, alpha=0.5, ms=5, mew=0)
-        axis.plot(np.mean(losses[name]), i, "|", color=color, ms=14, mew=2.5)
-    axis.set_yticks(range(len(order)), [f"{name} ({len(losses[name])})" for name in order])
-    axis.set(xlabel="causal validation loss (nats per token): a dot per seed, a bar at the mean",
-             title=f"variants (seeds) at {budget:.0e} training FLOPs")  # fmt: skip
+        axis.plot(losses, [i] * len(losses), "o", color=color, alpha=0.5, ms=5, mew=0)
+        axis.plot(np.mean(losses), i, "|", color=color, ms=14, mew=2.5)
+    axis.set_yticks(range(len(variants)), [f"{name} ({len(losses)})" for name, losses in variants])
+    axis.set_xlabel("causal validation loss (nats per token): a dot per seed, a bar at the mean")
+    axis.set_title(f"Variants (seeds) at {budget:.0e} training FLOPs".replace("e+", "e"))
+    axis.grid(axis="y", color=PALE)
+    axis.set_axisbelow(True)
     return figure
 
 
-FIGURES = {  # with the inputs each needs
+FIGURES = {  # with what each needs
     routing_map: ["mod"],
     histograms: ["mod"],
     curves: ["mod", "dense", "random"],
@@ -340,31 +319,26 @@ def main(argv):
     parser = argparse.ArgumentParser(description="Draw the README's figures.")
     for name, about in FAMILIES.items():
         parser.add_argument(
-            f"--{name}", type=Path, default=ROOT / "out" / name, help=f"folder of the {about} run"
+            f"--{name}", type=Path, default=ROOT / "out" / name, help=f"the {about} run's folder"
         )
-    parser.add_argument(
-        "--assets", type=Path, default=ROOT / "assets", help="folder of the tables and the figures"
-    )
-    parser.add_argument(
-        "--only", nargs="+", choices=figures, default=list(figures), metavar="NAME", help=", ".join(figures)
-    )
-    parser.add_argument("--snippet", default="def ", help="how the paragraph that routing_map shows begins")
-    parser.add_argument("--budget", type=float, help="training FLOPs of the ablations shown")
+    parser.add_argument("--assets", type=Path, default=ROOT / "assets", help="folder of tables and figures")
+    parser.add_argument("--only", nargs="+", choices=figures, default=list(figures), metavar="NAME")
+    parser.add_argument("--snippet", default="def ", help="how the paragraph in routing_map begins")
+    parser.add_argument("--budget", type=float, help="training FLOPs of the ablations to show")
     args = parser.parse_args(argv)
     for name in args.only:
         for need in FIGURES[figures[name]]:
             path = getattr(args, need) / "ckpt.pt" if need in FAMILIES else args.assets / need
             if not path.exists():
                 command = MADE_BY[need].format(path=path.parent)
-                raise UserError(f"{name} needs {path}: make it with `{command}`, or leave it out with --only")
-    plt.rcParams.update({"savefig.dpi": 160, "figure.facecolor": "white", "font.size": 9, "axes.titlesize": 9.5,
-                         "axes.grid": False, "axes.spines.top": False, "axes.spines.right": False,
-                         "legend.frameon": False, "figure.constrained_layout.use": True})  # fmt: skip
+                raise UserError(
+                    f"{name} needs {path}: make it with `{command}`, or choose others with --only"
+                )
+    plt.rcParams.update(STYLE)
     for name in args.only:
-        figure = figures[name](args)
-        figure.savefig(args.assets / f"{name}.png")
-        plt.close(figure)
-        print(args.assets / f"{name}.png", flush=True)
+        path = args.assets / f"{name}.png"
+        figures[name](args).savefig(path)
+        print(path, flush=True)
 
 
 if __name__ == "__main__":
