@@ -2099,3 +2099,48 @@ def test_the_bench_writes_what_it_measured(run_dir, capfdbinary):
     keys = 24 - 12 / 2
     assert row["ideal"] == dense.flops_per_token(2 * keys) / config.flops_per_token(2 * keys, row["share"])
     assert f"{row['dense_tok_s']:,.1f}".encode() in said
+
+
+# ---------------------------------------------------------------------------------------------------------
+# End to end
+
+
+def test_prepare_train_resume_and_sample(tmp_path, capfd):
+    """As a user types it, but for the sizes, through main(argv)."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} squared is {i * i}.\n" for i in range(1000)), encoding="utf-8")
+    data, out = tmp_path / "data", tmp_path / "out"
+    prepare_data.main(["--input", str(text), "--out", str(data)])
+    train.main([*TINY, f"--data={data}", f"--out={out}", "--steps=20"])
+    train.main(["--resume", f"--out={out}", "--steps=30"])
+    capfd.readouterr()
+    sample_main([f"--out={out}", "--prompt=12 squared", "--num_tokens=20", "--show_depth", "--device=cpu"])
+    printed, said = capfd.readouterr()
+    assert printed.startswith("12 squared") and "routed blocks skipped" in said
+    sample_main([f"--out={out}", "--bench", "--device=cpu"])
+    row = json.loads((out / "bench.json").read_text(encoding="utf-8"))["rows"][0]
+    assert all(row[f"{way}_tok_s"] > 0 for way in WAYS) and row["ideal"] > 1
+
+
+def test_the_programs_from_the_command_line(tmp_path):
+    """As subprocesses: status, streams and messages, good and bad."""
+
+    def call(program, *flags):
+        command = [sys.executable, str(HERE / program), *map(str, flags)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120, check=False)
+
+    (tmp_path / "text.txt").write_bytes(b"all work and no play makes jack a dull boy\n" * 200)
+    for command in (
+        ("prepare_data.py", "--input", "text.txt", "--out", "data"),
+        ("train.py", *TINY, "--data=data", "--out=out", "--steps=3"),
+        ("sample.py", "--out=out", "--num_tokens=5", "--device=cpu"),
+    ):
+        result = call(*command)
+        assert result.returncode == 0 and b"Traceback" not in result.stderr, result.stderr.decode()
+    for command, message in (
+        (("train.py", "--data=nowhere"), b"error: no prepared data in nowhere"),
+        (("sample.py", "--num_tokenz=3"), b"unrecognized arguments: --num_tokenz=3"),
+    ):
+        result = call(*command)
+        assert result.returncode == 2 and message in result.stderr, (command, result.stderr.decode())
+        assert b"Traceback" not in result.stderr and not result.stdout

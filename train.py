@@ -312,6 +312,7 @@ def train(config):
     if steps < 1:
         raise UserError(f"--flops {config.flops:.3g} is less than one step, {flops_per_step:.3g}")
     eval_interval = config.eval_interval or max(1, steps // 10)
+    learns_to_choose = config.capacity < 1 and config.routing == "topk"
 
     # The predictors get an optimizer step of their own size: clipped together with the body, their loss
     # would rescale the body's gradient, and the language model would notice that they learn.
@@ -437,7 +438,7 @@ def train(config):
             for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate), strict=True):
                 with autocast():
                     _, loss, route = network(x_part, y_part)
-                choice_loss = causal_choice_loss(route) if route else torch.zeros_like(loss)
+                choice_loss = causal_choice_loss(route) if learns_to_choose else torch.zeros_like(loss)
                 ((loss + choice_loss) / config.accumulate).backward()
                 loss_sum += torch.stack((loss, choice_loss)).detach() / config.accumulate
             torch.nn.utils.clip_grad_norm_(body, 1.0)

@@ -73,14 +73,14 @@ def look(model, x, y, rank=None, **options):
     With rank, top-k takes the tokens that have the highest rank(rows) in these rows of x, rather than by r.
     """
     torch.manual_seed(0)  # where a choice is random
-    score, losses, routes = RoutedBlock.score, [], []
+    own, losses, routes = RoutedBlock.rank, [], []
     for rows in torch.arange(len(x)).split(16):
         if rank:
-            RoutedBlock.score = lambda b, h, rows=rows: (score(b, h)[0], rank(rows), score(b, h)[2])
+            RoutedBlock.rank = lambda block, r, rows=rows: rank(rows)
         logits, _, route = model(x[rows], **options)
         losses.append(F.cross_entropy(logits.transpose(1, 2), y[rows], reduction="none"))
         routes.append(route)
-    RoutedBlock.score = score
+    RoutedBlock.rank = own
     return torch.cat(losses), routes[0] and Route(*(torch.cat(part, 1) for part in zip(*routes, strict=True)))
 
 
