@@ -2,24 +2,33 @@
 
 Raposo et al., "Mixture-of-Depths: Dynamically allocating compute in transformer-based language models",
 arXiv:2404.02258. In every other block a router lets only the k highest-scoring tokens of a sequence through
-attention and MLP (k = capacity * T, say 12.5 %); the others pass by on the residual stream. Equation 1:
+attention and MLP (k = capacity * T, say 12.5 %); the others pass by on the residual stream. Section 3.4:
 
     x_i  <-  x_i + gate(r_i) * f(X~)_i    if r_i is among the k highest of its sequence (X~: those k tokens)
-    x_i  <-  x_i                          otherwise                                     (r_i = w . x_i)
+    x_i  <-  x_i                          otherwise
 
-    x (B, T, C) ----+------------------------------------------------------------------+--> x (B, T, C)
-                    |                                                                  |
-                    +--> router r (B, T) --> k indices, in temporal order (B, k)       + scatter-add
-                    |                            |                                     |
-                    +--------- gather -----------+--> (B, k, C) --> f = attention, MLP --> * gate(r)
+    x (B, T, C) ----+---------------------------------------------------------------+--> x (B, T, C)
+                    |                                                               |
+                    +--> router r (B, T) --> k indices, in temporal order (B, k)    + scatter-add
+                    |       |                     |                                 |
+                    |       +---------------------|--------------- gate(r) -------> *
+                    |                             |                                 |
+                    +------------------------- gather --> (B, k, C) --> f = attention, MLP
+
+In the paper r_i = w . x_i and gate(r) = r. Here r_i = w . norm(x_i), the gate is a sigmoid, and the router reads x
+behind a stop-gradient; README says why.
 
 Who is chosen is the only thing that differs between the two modes:
-    top-k   compares a token with the whole sequence, the future included: for training, k is exact, the graph static;
-    causal  asks each token alone, through a small predictor of the top-k choice (section 3.5): for sampling.
-            A token that is not taken costs nothing in that block and leaves nothing in its KV cache.
+    top-k   compares a token with the whole sequence. k is known beforehand, so every shape is fixed: for training.
+            The loss under top-k has seen the future, though.
+    causal  asks each token alone, through a small predictor of the top-k choice (section 3.5): for sampling, and for
+            an honest loss. A token that is not taken costs a block no more than this question, and leaves nothing
+            in its KV cache.
 
-Shapes:  B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary,
-         k tokens a routed block takes, R rows of the batch that take the current token.
+Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary, L routed blocks,
+        k tokens a routed block takes, N the same of a prompt, padded to its longest row,
+        R rows of the batch that take the current token, S keys in the longest of them.
+        A suffix names the shape where it matters: idx_BK is (B, k).
 
 Read from top to bottom: config and FLOPs, norm and rotary, KV cache, attention, block, routed block, model.
 """
@@ -35,6 +44,8 @@ from torch.nn import functional as F
 # ---------------------------------------------------------------------------------------------------------
 # Config, and what a token costs
 
+CHOICES = {"routing": ("topk", "random"), "causal": ("predictor", "router"), "gate": ("sigmoid", "raw")}
+
 
 @dataclass
 class MoDConfig:
@@ -44,22 +55,30 @@ class MoDConfig:
     n_head: int = 4
     n_embd: int = 128
     capacity: float = 0.125  # share of a sequence that a routed block takes; 1 is the dense transformer
-    route_every: int = 2  # every route_every-th block is routed (section 4.1: every other is best)
-    routing: str = "topk"  # "topk", or "random": the paper's control, blind to the router
+    route_every: int = (
+        2  # every route_every-th block is routed (section 4.1: every other, at 12.5 %, is best)
+    )
+    routing: str = "topk"  # "topk", or "random": the paper's control, which chooses at random
     causal: str = "predictor"  # who decides without the future: a "predictor", or the "router" itself
-    gate: str = "sigmoid"  # "sigmoid", or "raw": the router's output as it is, as the paper writes it
+    gate: str = "sigmoid"  # "sigmoid", or "raw": the router's output as it is, as the paper has it
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "route_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd {self.n_embd} must be n_head {self.n_head} times an even head size")
+        if self.n_embd < 4 or self.n_embd % (2 * self.n_head):
+            raise ValueError(
+                f"n_embd {self.n_embd} must be 4 or more, n_head {self.n_head} times an even head size"
+            )
         if not 0 < self.capacity <= 1:
             raise ValueError(f"capacity {self.capacity} must be above 0 and at most 1 (1 is dense)")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} must be one of {', '.join(choices)}")
+
+    @property
+    def has_predictor(self):
+        return self.causal == "predictor" and self.routing == "topk"
 
     def is_routed(self, layer):
         return self.capacity < 1 and layer % self.route_every == self.route_every - 1
@@ -78,19 +97,17 @@ class MoDConfig:
 
         def block(
             n,
-        ):  # a block's cost for n tokens: qkv, output and MLP are 12 C^2 weights; QK^T and AV 2C each
+        ):  # n tokens through 12 C^2 weights: qkv, out, MLP; per query and key, QK^T and AV cost 2C each
             return n * (2 * 12 * C**2 + 4 * C * n / 2)
 
         taken = self.k(T) if share is None else share * T
         chooser = 2 * C  # the router, and the predictor where there is one
-        if self.causal == "predictor" and self.routing == "topk":
+        if self.has_predictor:
             chooser += 2 * (C * (C // 4) + C // 4)
         routed = sum(map(self.is_routed, range(self.n_layer)))
         blocks = (self.n_layer - routed) * block(T) / T + routed * (block(taken) / T + chooser)
         return blocks + 2 * C * self.vocab_size
 
-
-CHOICES = {"routing": ("topk", "random"), "causal": ("predictor", "router"), "gate": ("sigmoid", "raw")}
 
 # ---------------------------------------------------------------------------------------------------------
 # Norm and rotary position embedding
@@ -126,9 +143,8 @@ class KVCache:
     """
 
     def __init__(self, batch, n_head, size, head_size, like):
-        self.k = like.new_zeros(
-            batch, n_head, size, head_size
-        )  # zeros, since a masked NaN would still be NaN
+        # Zeros, since memory as it comes may hold NaN, and a masked NaN is still NaN (0 * NaN).
+        self.k = like.new_zeros(batch, n_head, size, head_size)
         self.v = torch.zeros_like(self.k)
         self.length = [0] * batch  # on the host, where it costs no synchronisation to read
 
@@ -157,13 +173,14 @@ class KVCache:
         if len(rows) == len(self.length) and min(length) == S:  # all rows alike, as in a dense block: no copy
             self.k[:, :, S - 1 : S], self.v[:, :, S - 1 : S] = k, v
             return self.k[:, :, :S], self.v[:, :, :S], None
-        row, end = torch.tensor([rows, length], device=k.device)
-        self.k[row, :, end - 1], self.v[row, :, end - 1] = k[:, :, 0], v[:, :, 0]
-        mask = torch.arange(S, device=k.device) < end[:, None]  # (R, S)
-        return self.k[row, :, :S], self.v[row, :, :S], mask[:, None, None]
+        idx_R, end_R = torch.tensor([rows, length], device=k.device)
+        self.k[idx_R, :, end_R - 1], self.v[idx_R, :, end_R - 1] = k[:, :, 0], v[:, :, 0]
+        mask = torch.arange(S, device=k.device) < end_R[:, None]  # (R, S)
+        return self.k[idx_R, :, :S], self.v[idx_R, :, :S], mask[:, None, None]
 
     @property
     def bytes_used(self):
+        """By the keys and values held; the buffers may have room for more."""
         return 2 * sum(self.length) * self.k[0, :, 0].numel() * self.k.element_size()
 
 
@@ -179,6 +196,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, rope, remember=None):
+        """x (B, T, C) -> (B, T, C). remember, where there is a cache, is its fill or append: it stores k and v and
+        returns all the keys and values there are to attend to, with a mask or None."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2)  # (B, 3H, T, D)
         qk, v = qkv.split((2 * self.n_head, self.n_head), dim=1)
@@ -200,10 +219,7 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, rope, remember=None):
-        """The change this block makes to x (B, T, C), the residual stream itself not included.
-
-        remember puts new keys and values into a cache and returns what there is to attend to, with a mask.
-        """
+        """The change this block makes to x (B, T, C), the residual stream itself not included."""
         attended = self.attention(norm(x), rope, remember)
         return attended + self.down(F.gelu(self.up(norm(x + attended)), approximate="tanh"))
 
@@ -217,7 +233,7 @@ class Route(NamedTuple):
 
     taken: torch.Tensor  # bool: went through the block
     weight: torch.Tensor  # r, the router's output
-    logit: torch.Tensor  # above 0: the causal decision is to take the token
+    logit: torch.Tensor  # the causal decision's: above 0 it is to take the token
 
 
 class RoutedBlock(nn.Module):
@@ -228,32 +244,28 @@ class RoutedBlock(nn.Module):
         self.block = Block(config)
         self.router = nn.Linear(C, 1, bias=False)
         self.predictor = None
-        if config.causal == "predictor" and config.routing == "topk":
+        if config.has_predictor:
             self.predictor = nn.Sequential(nn.Linear(C, C // 4), nn.GELU("tanh"), nn.Linear(C // 4, 1))
 
-    def read(self, x):
-        """What router and predictor see of x (B, T, C): float32, since in bfloat16 scores tie and decisions flip.
+    def score(self, x):
+        """For each token of x (B, T, C), by itself: r (section 3.4) and the causal decision's logit, (B, T) each.
 
-        Behind the detach they leave the residual stream alone: learning to choose does not bend it. For the
-        predictor that is section 3.5; for the router it is ours, and what makes routing pay (see README).
+        In float32, since bfloat16 makes ties and flips decisions; forward and generate see to autocast. The detach
+        keeps learning to choose out of the residual stream: for the predictor that is section 3.5, for the router
+        it is ours. Without it the stream is bent to please the router, which costs more than it brings: see README.
         """
-        return norm(x.detach().float())
-
-    def weigh(self, seen):
-        """The router's output r for each token, (B, T): a weight for the gate. Section 3.4."""
-        return self.router(seen).squeeze(-1)
+        seen = norm(x.detach().float())
+        r = self.router(seen).squeeze(-1)
+        return r, self.decide(seen, r)
 
     def rank(self, r):
         """What top-k ranks the tokens by, (B, T): r, or noise in the control (section 3.3)."""
         return r if self.config.routing == "topk" else torch.rand_like(r)
 
     def decide(self, seen, r):
-        """The causal decision, each token by itself: a logit (B, T), positive to take it. Section 3.5.
-
-        By the predictor, or, the paper's other way, by r itself, then trained to be positive for the top k.
-        """
+        """The causal decision's logit (B, T). Section 3.5: r itself, trained by choice_loss, or a predictor's."""
         if self.config.routing == "random":
-            return torch.rand_like(r) - (1 - self.config.capacity)
+            return torch.rand_like(r) - (1 - self.config.capacity)  # above 0 with probability capacity
         return r if self.predictor is None else self.predictor(seen).squeeze(-1)
 
     def gate(self, r):
@@ -264,9 +276,7 @@ class RoutedBlock(nn.Module):
         """x (B, T, C) -> new x, Route. rope (2, T, D). T > 1 with a cache is a prompt: the cache is empty."""
         B, T, C = x.shape
         with torch.autocast(x.device.type, enabled=False):
-            seen = self.read(x)
-            r = self.weigh(seen)
-            logit = self.decide(seen, r)
+            r, logit = self.score(x)
         if causal:
             taken = logit > threshold
             count = taken.sum(dim=1).tolist()
@@ -281,7 +291,7 @@ class RoutedBlock(nn.Module):
         if idx_BK.size(1) == 0:
             return x, route
 
-        gate_BK = (self.gate(r) * taken).gather(1, idx_BK)  # 0 for padding
+        gate_BK = (self.gate(r) * taken).gather(1, idx_BK)  # 0 for the padding that causal has
         idx_BKC = idx_BK[..., None].expand(-1, -1, C)
         rope_BK = rope[:, idx_BK][:, :, None]  # (2, B, 1, k, D): the angles of the tokens' real positions
         remember = partial(cache.fill, length=count) if cache is not None else None
@@ -289,18 +299,24 @@ class RoutedBlock(nn.Module):
         return x.scatter_add(1, idx_BKC, gate_BK[..., None] * delta_BKC), route
 
     def step(self, x, rope, threshold, cache):
-        """The causal choice for one new token per row, x (B, 1, C): rows that don't take it are not computed."""
-        seen = self.read(x)
-        r = self.weigh(seen)
-        logit = self.decide(seen, r)
+        """The causal choice for one new token a row, x (B, 1, C), rope (2, 1, D): rows that skip it cost nothing."""
+        r, logit = self.score(x)
         taken = logit > threshold
         route = Route(taken, r, logit)
-        rows = [row for row, yes in enumerate(taken.flatten().tolist()) if yes]  # the one wait for the device
+        rows = [row for row, yes in enumerate(taken.flatten().tolist()) if yes]  # waits for the device
         if not rows:
             return x, route
-        row = torch.tensor(rows, device=x.device)
-        delta = self.block(x[row], rope[:, None, None], partial(cache.append, rows=rows))
-        return x.index_add(0, row, self.gate(r[row])[..., None] * delta), route
+        idx_R = torch.tensor(rows, device=x.device)
+        delta = self.block(x[idx_R], rope[:, None, None], partial(cache.append, rows=rows))  # (R, 1, C)
+        return x.index_add(0, idx_R, self.gate(r[idx_R])[..., None] * delta), route
+
+
+def choice_loss(route):
+    """What teaches the predictor (or r) to repeat the top-k choice, section 3.5: add it to the cross-entropy.
+
+    The mean binary cross-entropy in nats, for a Route of top-k routing; random routing has nothing to learn.
+    """
+    return F.binary_cross_entropy_with_logits(route.logit, route.taken.float())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -320,31 +336,35 @@ class MoD(nn.Module):
         self.register_buffer("rope", table, persistent=False)
         for name, p in self.named_parameters():
             if name.endswith(("out.weight", "down.weight", "head.weight", "bias")):
-                nn.init.zeros_(p)  # every block starts as the identity
+                nn.init.zeros_(p)  # every block starts as the identity, every token as likely as another
             else:
                 nn.init.normal_(p, std=p.size(-1) ** -0.5)
 
     def forward(self, idx, targets=None, causal=False, threshold=0.0, cache=None, start=0):
-        """Tokens idx (B, T) -> logits (B, T, V), mean cross-entropy with targets (B, T) in nats or None, Route.
+        """Tokens idx (B, T) -> logits (B, T, V); mean cross-entropy with targets (B, T) in nats, or None; the Route
+        of all routed blocks, (L, B, T), or None.
 
-        Top-k routing unless causal. With a cache (see new_cache) idx continues it at position start, either
-        with a whole prompt at 0 or with one token at a time, and only the last position's logits return.
+        Top-k routing, unless causal: then a token is taken if its logit exceeds threshold; a higher one spends less.
+        A cache (see new_cache) implies causal. With it, idx is a prompt, start 0, or one token more at position
+        start, and the logits are the last position's only.
         """
         B, T = idx.shape
-        rope = self.rope[:, start : start + T]
+        causal = causal or cache is not None  # top-k would need the future
+        assert cache is None or T == 1 or start == 0, "a prompt needs an empty cache"
+        rope = self.rope[:, start : start + T]  # (2, T, D)
         x = norm(self.embedding(idx))
         routes = []
         for i, block in enumerate(self.blocks):
-            kv = None if cache is None else cache[i]
+            kv = cache[i] if cache else None
             if isinstance(block, RoutedBlock):
-                if kv is not None and T == 1:
-                    x, route = block.step(x, rope[:, 0], threshold, kv)
+                if cache and T == 1:
+                    x, route = block.step(x, rope, threshold, kv)
                 else:
                     x, route = block(x, rope, causal, threshold, kv)
                 routes.append(route)
             else:
                 remember = None
-                if kv is not None:
+                if cache:
                     remember = (
                         partial(kv.append, rows=range(B)) if T == 1 else partial(kv.fill, length=[T] * B)
                     )
@@ -353,7 +373,8 @@ class MoD(nn.Module):
             x = x[:, -1:]
         logits = self.head(norm(x))
         loss = None if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        return logits, loss, Route(*map(torch.stack, zip(*routes, strict=True))) if routes else None
+        route = Route(*map(torch.stack, zip(*routes, strict=True))) if routes else None
+        return logits, loss, route
 
     def new_cache(self, batch):
         """An empty KV cache: one KVCache per block, for batch rows."""
@@ -367,9 +388,9 @@ class MoD(nn.Module):
     def generate(self, idx, num_tokens, temperature=1.0, top_k=None, top_p=None, threshold=0.0):
         """Continue the prompts idx (B, T), any T >= 1, through the KV cache.
 
-        Yields, num_tokens times: the new tokens (B, 1); the logits they were drawn from (B, V); the Route of
-        the tokens fed to get there, which are the prompt at first and the last new token from then on; the
-        cache. When the context is full, generation goes on from its second half.
+        Yields, num_tokens times: the new tokens (B, 1); the logits (B, V) they came from; the Route of the tokens
+        fed to get there: the prompt at first, then the last new token; the cache. When the context is full, its
+        second half is fed again, and generation goes on from there.
         """
         size = self.config.block_size
         text = feed = idx[:, -size:]
@@ -387,7 +408,7 @@ class MoD(nn.Module):
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None):
-    """Draw from logits (B, V): one token a row, (B, 1). Temperature 0 is argmax."""
+    """Draw from logits (B, V): one token a row, (B, 1). Temperature 0 is argmax. top_k >= 1, 0 < top_p <= 1."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float() / temperature
@@ -397,6 +418,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
     if top_p is not None:  # the smallest set of likeliest tokens that holds top_p of the probability
         ordered, order = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(dim=-1)
-        drop = (p.cumsum(dim=-1) - p >= top_p).scatter(1, order, p.cumsum(dim=-1) - p >= top_p)
-        logits = logits.masked_fill(drop, -torch.inf)
+        drop = p.cumsum(dim=-1) - p >= top_p
+        logits = logits.masked_fill(
+            drop.scatter(1, order, drop), -torch.inf
+        )  # back in the vocabulary's order
     return torch.multinomial(logits.softmax(dim=-1), 1)

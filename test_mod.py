@@ -10,6 +10,7 @@ implementations have, or one that is easily made.
 
 import ast
 import dataclasses
+import errno
 import hashlib
 import html
 import importlib.util
@@ -35,14 +36,13 @@ import pytest
 import tiktoken
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import mod
 import prepare_data
 import train
-from mod import MoD, MoDConfig, RoutedBlock, sample
+from mod import MoD, MoDConfig, RoutedBlock, choice_loss, sample
 from prepare_data import EOT, UserError, get_tokenizer, load_data, prepare
 from sample import (
     WAYS,
@@ -140,10 +140,6 @@ def routed_blocks(model):
 
 def routed_caches(model, cache):
     return [kv for kv, block in zip(cache, model.blocks, strict=True) if isinstance(block, RoutedBlock)]
-
-
-def predictor_loss(route):
-    return F.binary_cross_entropy_with_logits(route.logit, route.taken.float())
 
 
 def gradients(model, loss):
@@ -722,7 +718,7 @@ def test_the_language_model_loss_reaches_routers_and_no_predictor(gate, causal):
 def test_the_predictors_loss_reaches_the_predictor_alone():
     """Section 3.5, second way. Traps: a predictor that is never trained; one whose loss moves the body."""
     model = redrawn()
-    grads = gradients(model, predictor_loss(model(tokens(3, 24))[2]))
+    grads = gradients(model, choice_loss(model(tokens(3, 24))[2]))
     for name, grad in grads.items():
         if part(name) == "predictor":
             assert grad.abs().max() > 0, name
@@ -733,7 +729,7 @@ def test_the_predictors_loss_reaches_the_predictor_alone():
 def test_the_bodys_gradient_is_the_same_with_and_without_the_predictors_loss():
     model = redrawn()
     _, loss, route = model(tokens(3, 24), tokens(3, 24, seed=1))
-    with_it = gradients(model, loss + predictor_loss(route))
+    with_it = gradients(model, loss + choice_loss(route))
     without = gradients(model, model(tokens(3, 24), tokens(3, 24, seed=1))[1])
     assert all(torch.equal(with_it[name], without[name]) for name in without if part(name) != "predictor")
 
@@ -743,7 +739,7 @@ def test_choosers_read_the_residual_stream_and_leave_it_alone(causal):
     """Neither the router's output nor the causal decision's loss has a gradient to the body."""
     model = redrawn(causal=causal)
     route = model(tokens(3, 24))[2]
-    grads = gradients(model, route.weight.sum() + predictor_loss(route))
+    grads = gradients(model, route.weight.sum() + choice_loss(route))
     for name, grad in grads.items():
         assert (grad is None) if part(name) == "body" else grad.abs().max() > 0, name
 
@@ -802,7 +798,7 @@ def test_overfits_one_batch(changes):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
     for _ in range(150):
         _, loss, route = model(idx, targets)
-        total = loss if route is None or changes.get("routing") else loss + predictor_loss(route)
+        total = loss if route is None or changes.get("routing") else loss + choice_loss(route)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -887,7 +883,7 @@ def train_steps(model, forward, steps, B=2):
     losses = []
     for step in range(steps):
         _, loss, route = forward(tokens(B, 24, seed=step), tokens(B, 24, seed=99 + step))
-        total = loss if route is None else loss + predictor_loss(route)
+        total = loss if route is None else loss + choice_loss(route)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -930,7 +926,7 @@ def test_compiled_with_inductor_equals_eager(changes):
     results = []
     for forward in (model, torch.compile(model, fullgraph=True)):
         _, loss, route = forward(idx, targets)
-        total = loss if route is None else loss + predictor_loss(route)
+        total = loss if route is None else loss + choice_loss(route)
         results.append((loss.detach(), gradients(model, total), route))
     (loss, grads, route), (loss_compiled, grads_compiled, route_compiled) = results
     close(loss, loss_compiled, atol=1e-5)
@@ -955,7 +951,7 @@ def test_routers_and_predictors_stay_in_float32_under_autocast(causal, routing):
         logits, loss, route = model(idx, idx, causal=routing)
     handle.remove()
     assert logits.isfinite().all() and loss.isfinite() and loss.dtype == torch.float32
-    assert all(grad.isfinite().all() for grad in gradients(model, loss + predictor_loss(route)).values())
+    assert all(grad.isfinite().all() for grad in gradients(model, loss + choice_loss(route)).values())
     assert route.weight.dtype == route.logit.dtype == torch.float32
     args, kwargs = given[0]
     _, exact = block(*args, **kwargs)
@@ -1677,7 +1673,7 @@ def test_a_flops_budget_is_kept(run_train):
 def test_the_body_does_not_feel_the_predictor(run_train, tmp_path, monkeypatch):
     """Trap: one gradient-norm clip over both rescales the body's step by the predictor's loss."""
     run_train("--steps=5", name="with")
-    monkeypatch.setattr(train, "causal_choice_loss", lambda route: 100 * route.logit.square().sum())
+    monkeypatch.setattr(train, "choice_loss", lambda route: 100 * route.logit.square().sum())
     run_train("--steps=5", name="other")
     a, b = load(tmp_path / "with")["model"], load(tmp_path / "other")["model"]
     assert any(not torch.equal(a[name], b[name]) for name in a if ".predictor." in name)
@@ -2144,3 +2140,144 @@ def test_the_programs_from_the_command_line(tmp_path):
         result = call(*command)
         assert result.returncode == 2 and message in result.stderr, (command, result.stderr.decode())
         assert b"Traceback" not in result.stderr and not result.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Nothing lost: crashes, full disks, bad flags by the hundred
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_goes_on_and_ends_the_same(run_train, small_data, tmp_path):
+    """SIGKILL, in the middle of a checkpoint too; what is lost is never more than one evaluation interval."""
+    flags = ["--steps=600", "--eval_interval=5"]
+    whole = run_train(*flags, name="whole")
+    out = tmp_path / "killed"
+    rng, killed, done = np.random.default_rng(0), 0, 0
+    command = [sys.executable, str(HERE / "train.py"), *TINY, f"--data={small_data}", f"--out={out}", *flags]
+    while True:
+        resume = ["--resume"] if (out / "ckpt.pt").exists() else []
+        with open(tmp_path / "stderr.txt", "wb") as errors:
+            process = subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL, stderr=errors)
+            before = done
+            while process.poll() is None and done < before + 60:  # let it get somewhere
+                time.sleep(0.02)
+                done = load(out)["step"] if (out / "ckpt.pt").exists() else 0
+            time.sleep(rng.uniform(0, 0.1))
+            if process.poll() is None:
+                process.kill()
+                killed += 1
+            process.wait()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, (tmp_path / "stderr.txt").read_text()
+        step = load(out)["step"]  # whole, whatever happened
+        assert step >= done > before
+        logged = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines() if line]
+        assert logged[-1].get("step", 0) <= step + 5
+        done = step
+    assert killed >= 3
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
+    assert without_clock(lines) == without_clock(whole)
+    assert same_parameters(load(out)["model"], load(tmp_path / "whole")["model"])
+
+
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(run_train, tmp_path, monkeypatch, capfd):
+    run_train("--steps=4")
+    before = (tmp_path / "run/ckpt.pt").read_bytes()
+    real_fsync = os.fsync
+
+    def full(descriptor):
+        if os.fstat(descriptor).st_size > 10_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", f"--out={tmp_path / 'run'}", "--steps=8"])
+    with pytest.raises(SystemExit, match="2"):
+        prepare_data.run(train.main)
+    assert capfd.readouterr().err.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    assert (tmp_path / "run/ckpt.pt").read_bytes() == before
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["ckpt.pt", "log.jsonl"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_and_leave(run_train, tmp_path, monkeypatch, capfd, number):
+    get_batch = train.get_batch
+
+    def interrupted(*args):
+        if args[-1] == 3:
+            signal.raise_signal(number)
+        return get_batch(*args)
+
+    monkeypatch.setattr(train, "get_batch", interrupted)
+    run_train("--steps=100")
+    assert load(tmp_path / "run")["step"] == 4
+    assert "stopped at step 4, saved; go on with `python train.py --resume" in capfd.readouterr().err
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+@pytest.mark.slow
+def test_no_combination_of_flags_makes_a_traceback(small_data, tmp_path, monkeypatch):
+    """A seeded fuzz: whatever the flags, a run, or one line and status 2."""
+    rng = np.random.default_rng(0)
+    odd = ["-1", "0", "1", "2", "3", "7", "0.5", "nan", "inf", "-inf", "1e30", "", "x", "16", "999999999999"]
+    monkeypatch.chdir(tmp_path)
+    run_train_flags = [*TINY, f"--data={small_data}", "--steps=1", "--out=run", "--overwrite"]
+    outcomes = []
+    for _ in range(300):
+        program, config, base = (
+            (train, TrainConfig, run_train_flags)
+            if rng.random() < 0.7
+            else (None, SampleConfig, ["--out=run"])
+        )
+        names = [
+            f.name for f in dataclasses.fields(config) if f.name not in ("data", "device", "compile", "html")
+        ]
+        flags = [*base]
+        for name in rng.choice(names, size=rng.integers(1, 4), replace=False):
+            value = rng.choice(odd)
+            # Sizes that are valid and absurd only cost time and memory: a machine's limit is not a traceback's matter.
+            if name in (
+                "steps",
+                "flops",
+                "n_layer",
+                "n_embd",
+                "n_head",
+                "batch_size",
+                "num_tokens",
+                "num_samples",
+            ):
+                value = rng.choice(["-1", "0", "1", "2", "3", "x", "", "nan"])
+            flags.append(
+                f"--{name}={value}"
+                if name not in ("bench", "show_depth", "resume", "overwrite")
+                else f"--{name}"
+            )
+        try:
+            (program.main if program else sample_main)([*flags, "--device=cpu"])
+            outcomes.append("ran")
+        except (UserError, OSError):
+            outcomes.append("refused")
+        except SystemExit as error:
+            assert error.code == 2
+            outcomes.append("usage")
+        except BaseException as error:
+            raise AssertionError(f"{' '.join(flags)}: {error!r}") from error
+    assert {"ran", "refused", "usage"} == set(outcomes)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(run_train, tmp_path):
+    """Over 600 training steps, and 3,000 tokens; the first ones, which fill caches and pools, don't count."""
+    import resource
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    run_train("--steps=200", "--eval_interval=20", name="warm")
+    before = peak()
+    run_train("--steps=600", "--eval_interval=20", name="long")
+    model, _ = load_checkpoint(tmp_path / "long", "cpu")
+    for _ in model.generate(tokens(2, 5), 3000):
+        pass
+    assert peak() - before < 30, f"{peak() - before:.0f} MiB more"

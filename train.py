@@ -24,10 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from mod import MoD, MoDConfig
+from mod import MoD, MoDConfig, choice_loss
 from prepare_data import UserError, get_tokenizer, load_data, make_parser, prepare, run, write_atomic
 
 # None in TrainConfig below is filled in from here. cpu: minutes on two cores. gpu: nanoGPT's baby GPT and a bit.
@@ -101,11 +100,6 @@ def get_batch(data, block_size, batch_size, seed, step):
     starts = torch.randint(len(data) - block_size, (batch_size,), generator=generator)
     windows = np.stack([data[i : i + block_size + 1] for i in starts.tolist()]).astype(np.int64)
     return torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:])
-
-
-def causal_choice_loss(route):
-    """Binary cross-entropy of the causal decision against the top-k choice (paper section 3.5), nats."""
-    return F.binary_cross_entropy_with_logits(route.logit, route.taken.float())
 
 
 def param_groups(model, router_lr_scale, weight_decay):
@@ -352,18 +346,21 @@ def train(config):
         dist.all_reduce(flag)
         return flag.item() > 0
 
+    def finite(losses, first, last):
+        """The losses, if they all are finite; else UserError, before such a model is saved."""
+        if not all(map(math.isfinite, losses)):
+            raise UserError(
+                f"the loss is {sum(losses)} between steps {first} and {last}; nothing of that was saved: "
+                f"{out / 'ckpt.pt'} is as it was. Try a lower --lr"
+            )
+        return losses
+
     def mean_losses():
-        """Of the steps since the last report; UserError if one isn't finite, so that no such model is saved."""
+        """Of the steps since the last report."""
         mean = loss_sum / max(1, loss_count)
         if world > 1:
             dist.all_reduce(mean)
-        mean = (mean / world).tolist()
-        if not all(map(math.isfinite, mean)):
-            raise UserError(
-                f"the loss is {sum(mean)} between steps {step - loss_count} and {step}; nothing of that was saved: "
-                f"{out / 'ckpt.pt'} is as it was. Try a lower --lr"
-            )
-        return mean
+        return finite((mean / world).tolist(), step - loss_count, step)
 
     def save():
         if not main_process:
@@ -438,9 +435,9 @@ def train(config):
             for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate), strict=True):
                 with autocast():
                     _, loss, route = network(x_part, y_part)
-                choice_loss = causal_choice_loss(route) if learns_to_choose else torch.zeros_like(loss)
-                ((loss + choice_loss) / config.accumulate).backward()
-                loss_sum += torch.stack((loss, choice_loss)).detach() / config.accumulate
+                choice = choice_loss(route) if learns_to_choose else torch.zeros_like(loss)
+                ((loss + choice) / config.accumulate).backward()
+                loss_sum += torch.stack((loss, choice)).detach() / config.accumulate
             torch.nn.utils.clip_grad_norm_(body, 1.0)
             torch.nn.utils.clip_grad_norm_(predictors, 1.0)
             optimizer.step()
@@ -449,19 +446,20 @@ def train(config):
             if step % eval_interval and step < steps:
                 continue
 
-            train_loss, choice_loss = mean_losses()  # waits for the device: the timing below is right
+            train_loss, learned_choice = mean_losses()  # waits for the device: the timing below is right
             seconds = time.perf_counter() - tick
             loss_sum.zero_()
             loss_count = 0
             result = {"step": step, "flops": step * flops_per_step, "loss": train_loss}
-            if choice_loss:
-                result["choice_loss"] = choice_loss
+            if learns_to_choose:
+                result["choice_loss"] = learned_choice
             if main_process:
                 model.eval()
                 result |= evaluate(
                     model, val_data, EVAL_TOKENS if step < steps else FINAL_EVAL_TOKENS, autocast
                 )
                 model.train()
+                finite([result["val_topk"], result["val_causal"]], step - eval_interval, step)
                 elapsed = spent + time.perf_counter() - start
                 speed = timed_tokens / seconds
                 result["timing"] = {"tokens_per_second": speed, "seconds": elapsed}

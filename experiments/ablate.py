@@ -37,9 +37,13 @@ def follow_progress():
 
 def attached():
     """As in the paper: the router's gradient reaches the residual stream too. The predictor's does not."""
-    decide = mod.RoutedBlock.decide
-    mod.RoutedBlock.read = lambda block, x: mod.norm(x.float())
-    mod.RoutedBlock.decide = lambda block, seen, r: decide(block, seen.detach(), r)
+
+    def score(block, x):
+        seen = mod.norm(x.float())
+        r = block.router(seen).squeeze(-1)
+        return r, block.decide(seen.detach(), r)
+
+    mod.RoutedBlock.score = score
 
 
 def centred():
@@ -71,7 +75,13 @@ def noise_until(end):
 
 def raw_input():
     """The router reads the residual stream itself, not its normalised form. (So does the predictor.)"""
-    mod.RoutedBlock.read = lambda block, x: x.detach().float()
+
+    def score(block, x):
+        seen = x.detach().float()
+        r = block.router(seen).squeeze(-1)
+        return r, block.decide(seen, r)
+
+    mod.RoutedBlock.score = score
 
 
 def straight_through():

@@ -33,9 +33,9 @@ from experiments.isoflop import COLORS  # noqa: E402
 from experiments.router_stats import KINDS, kinds_of, load, look  # noqa: E402
 from experiments.sweep import read_table  # noqa: E402
 from prepare_data import UserError, load_data, run  # noqa: E402
-from train import EVAL_TOKENS, FINAL_EVAL_TOKENS, load_checkpoint  # noqa: E402
+from train import load_checkpoint  # noqa: E402
 
-INK, GREY, PALE, FAINT = "#1b1b1b", "#6b6b6b", "#e9e9e9", "#9aa5b1"
+INK, GREY, PALE = "#1b1b1b", "#6b6b6b", "#e9e9e9"
 FAMILIES = {"dense": "dense", "mod": "MoD", "random": "random routing"}
 MADE_BY = {  # the command for an input that is missing
     "mod": "python train.py --flops 2e13 --out {path}",
@@ -44,20 +44,10 @@ MADE_BY = {  # the command for an input that is missing
     "bench.json": "python experiments/bench.py",
     "ablations.csv": "python experiments/ablate.py",
 }
-STYLE = {
-    "savefig.dpi": 160,
-    "figure.facecolor": "white",
-    "figure.constrained_layout.use": True,
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
 
 
-def routed_blocks(model):
-    return [i for i in range(model.config.n_layer) if model.config.is_routed(i)]
+def block_names(model):
+    return [f"block {i}" for i in range(model.config.n_layer) if model.config.is_routed(i)]
 
 
 def shades(n):
@@ -65,17 +55,13 @@ def shades(n):
     return plt.get_cmap("plasma")(np.linspace(0.05, 0.8, n))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Inside one model
-
-
 def find_snippet(data, start):
     """Begin and end of the first paragraph in data (byte tokens) that is neither too short nor too long to show."""
     for match in re.finditer(rf"(?<=\n\n){re.escape(start)}.*\n(?:.+\n)+", "".join(map(chr, data))):
-        widest = max(map(len, match[0].splitlines()))
-        if 100 <= len(match[0]) <= 150 and widest <= 44 and match[0].isascii():
+        lines = match[0].splitlines()
+        if 100 <= len(match[0]) <= 150 and len(lines) <= 5 and 32 <= max(map(len, lines)) <= 44:
             return match.span()
-    raise UserError(f"no paragraph of 100 to 150 bytes begins with {start!r}; choose another --snippet")
+    raise UserError(f"no paragraph of a size to show begins with {start!r}; choose another --snippet")
 
 
 def routing_map(args):
@@ -85,10 +71,10 @@ def routing_map(args):
     begin, end = find_snippet(data, args.snippet)
     tokens = torch.from_numpy(data[max(0, end - model.config.block_size) : end].astype(np.int64))[None]
     taken = look(model, tokens, tokens, causal=True)[1].taken[:, 0, begin - end :]  # (L, length)
-    blocks = routed_blocks(model)
+    blocks = block_names(model)
     lines = "".join(map(chr, data[begin:end])).splitlines(keepends=True)
     height = 1.85 + 0.55 * len(blocks)  # of a line with its cells; the unit is a byte's width
-    left, right, top, bottom = -4.5, max(map(len, lines)) + 0.7, -5.2, height * len(lines) + 1.2
+    left, right, top, bottom = -3.6, max(map(len, lines)) + 0.6, -4.9, height * len(lines) + 1.4
     figure = plt.figure(figsize=(10, 10 * (bottom - top) / (right - left)), layout="none")
     axis = figure.add_axes((0, 0, 1, 1), xlim=(left, right), ylim=(bottom, top))
     axis.axis("off")
@@ -101,49 +87,48 @@ def routing_map(args):
     i = 0
     for y, line in zip(np.arange(len(lines)) * height, lines, strict=True):
         for j, block in enumerate(blocks):
-            name = f"block {block}"
-            axis.text(-0.3, y + 1.5 + 0.55 * j, name, size=0.42 * unit, color=GREY, ha="right", va="center")
+            axis.text(-0.2, y + 1.7 + 0.55 * j, block, size=0.5 * unit, color=GREY, ha="right")
         for x, char in enumerate(line):
             depth = taken[:, i].float().mean().item()
             box(x, y, 1.12, plt.get_cmap("Oranges")(0.75 * depth) if depth else "white")
             shown, color = {" ": "·", "\n": "↵", "\t": "⇥"}.get(char, char), GREY if char.isspace() else INK
-            text = axis.text(x + 0.5, y + 0.56, shown, size=0.95 * unit, color=color, ha="center")
-            text.set(va="center", family="monospace")
+            style = {"size": 0.95 * unit, "color": color, "family": "monospace"}
+            axis.text(x + 0.5, y + 0.56, shown, ha="center", va="center", **style)
             for j in range(len(blocks)):
                 box(x, y + 1.27 + 0.55 * j, 0.46, COLORS["mod"] if taken[j, i] else PALE)
             i += 1
-    axis.text(0, -3.6, "Which bytes get the extra compute?", size=1.1 * unit, color=INK, weight="bold")
+    axis.text(0, -3.2, "Which bytes get the extra compute?", size=1.2 * unit, color=INK, weight="bold")
     note = (
-        "Unseen text through a trained Mixture-of-Depths model. A routed block picks the bytes it processes, "
-        f"here {taken.float().mean():.0%}\nof them; the others skip it. The other blocks process every byte. "
-        "The darker a byte, the more routed blocks it went through."
+        "Unseen text in a trained Mixture-of-Depths model. Each routed block processes a few bytes, here "
+        f"{100 * taken.float().mean():.0f} %,\nand the others pass it by. Dark bytes went through many. "
+        "The blocks in between, not shown, process every byte."
     )
-    axis.text(0, -0.75, note, size=0.5 * unit, color=GREY, linespacing=1.4)
+    axis.text(0, -0.7, note, size=0.6 * unit, color=GREY, linespacing=1.5)
     colors = {"processed": COLORS["mod"], "skipped: no compute, nothing in the KV cache": PALE}
     handles = [Patch(color=color, label=label) for label, color in colors.items()]
-    legend = axis.legend(handles=handles, ncols=2, fontsize=0.5 * unit, loc="lower left", borderpad=0)
-    legend.set_bbox_to_anchor((0, bottom - 0.5), transform=axis.transData)
+    legend = axis.legend(handles=handles, ncols=2, fontsize=0.6 * unit, loc="lower left", borderpad=0)
+    legend.set_bbox_to_anchor((-0.4, bottom - 0.4), transform=axis.transData)
     return figure
 
 
 def histograms(args):
     """Per routed block, how r and the predictor's probability are distributed over tokens taken by top-k or not."""
     model, x, y = load(args.mod)
-    route, blocks = look(model, x, y)[1], routed_blocks(model)
+    route, blocks = look(model, x, y)[1], block_names(model)
     size = (2.5 * len(blocks), 4.6)
     figure, axes = plt.subplots(2, len(blocks), figsize=size, sharex="row", sharey="row", squeeze=False)
-    probability = route.logit.sigmoid()
     low, high = np.quantile(route.weight, (0.0005, 0.9995))
     for j, (upper, lower) in enumerate(axes.T):
-        for name, color, chosen in (
-            ("not taken", FAINT, ~route.taken[j]),
+        groups = (
+            ("not taken", "#9aa5b1", ~route.taken[j]),
             ("taken by top-k", COLORS["mod"], route.taken[j]),
-        ):
+        )
+        for name, color, chosen in groups:
             style = {"color": color, "alpha": 0.75, "label": name}
             style["weights"] = np.full(int(chosen.sum()), 100 / chosen.numel())
             upper.hist(route.weight[j][chosen], np.linspace(low, high, 41), **style)
-            lower.hist(probability[j][chosen], np.linspace(0, 1, 21), **style)
-        upper.set(title=f"block {blocks[j]}", xlabel="router weight r")
+            lower.hist(route.logit[j][chosen].sigmoid(), np.linspace(0, 1, 21), **style)
+        upper.set(title=blocks[j], xlabel="router weight r")
         lower.set(xlabel="predictor probability", yscale="log")
         lower.axvline(0.5, color=INK, linewidth=0.8, linestyle="--")
     axes[0, 0].set_ylabel("% of the tokens")
@@ -160,7 +145,7 @@ def shares(sets, group, n):
 def spending(args):
     """The share of the tokens that each routed block processes, by kind of byte, by position, by loss."""
     model, x, y = load(args.mod)
-    taken, blocks = look(model, x, y, causal=True)[1].taken, routed_blocks(model)
+    taken, blocks = look(model, x, y, causal=True)[1].taken, block_names(model)
     hard = look(model, x, y, causal=True, threshold=math.inf)[0]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4), width_ratios=(1.5, 1, 1))
     kinds = kinds_of(x)
@@ -172,32 +157,28 @@ def spending(args):
         left.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value > 65 else INK)
     names = [f"{name} ({100 * p:.0f})" for name, p in zip(KINDS, part, strict=True)]
     left.set_yticks(range(len(by_kind)), np.array(names)[shown])
-    left.set_xticks(range(len(blocks) + 1), [*(f"block {i}" for i in blocks), "any"])
+    left.set_xticks(range(len(blocks) + 1), [*blocks, "any"])
     left.axvline(len(blocks) - 0.5, color="white", linewidth=3)
     left.tick_params(length=0)
     left.spines[:].set_visible(False)
     left.set_title("% processed, by kind of byte (in brackets: % of the text)")
 
-    T = x.size(1)
-    position = torch.arange(T).expand_as(x) * 8 // T
+    position = torch.arange(x.size(1)).expand_as(x) * 8 // x.size(1)
     decile = (hard.flatten().argsort().argsort() * 10 // hard.numel()).view_as(hard)
     by_position, by_loss = shares(taken, position, 8), shares(taken, decile, 10)
     for j, color in enumerate(shades(len(blocks))):
-        style = {"marker": "o", "ms": 3, "color": color, "label": f"block {blocks[j]}"}
-        middle.plot((np.arange(8) + 0.5) * T / 8, by_position[j], **style)
-        right.plot(range(1, 11), by_loss[j], **style)
+        style = {"ms": 3, "color": color, "label": blocks[j]}
+        middle.plot((np.arange(8) + 0.5) * x.size(1) / 8, by_position[j], "o-", **style)
+        right.plot(range(1, 11), by_loss[j], "o-", **style)
     for axis in (middle, right):
         axis.axhline(100 * model.config.capacity, color=GREY, linewidth=0.8, linestyle="--", label="capacity")
         axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
-    middle.set(title="% processed, by position in the context", xlabel="position")
-    right.set(title="% processed, by how hard the next byte is", xticks=range(1, 11))
-    right.set_xlabel("decile of the loss when all routed blocks are skipped")
+        axis.set_ylabel("% processed")
+    middle.set(title="by position in the context", xlabel="position")
+    right.set(title="by how hard the next byte is", xlabel="decile of the loss, routed blocks skipped")
+    right.set_xticks(range(1, 11))
     middle.legend(loc="lower right", ncols=2)
     return figure
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Many runs
 
 
 def curves(args):
@@ -206,30 +187,23 @@ def curves(args):
     for family, name in FAMILIES.items():
         lines = (getattr(args, family) / "log.jsonl").read_text(encoding="utf-8").splitlines()
         log = [json.loads(line) for line in lines[1:]]
-        during = log[
-            len(log) // 5 : -1
-        ]  # the last evaluation is on more tokens, so it is no point of the curve
+        during = log[len(log) // 5 : -1]  # the last one is on more tokens, so it is no point of the curve
         losses = [line["val_causal"] for line in during]
-        style = {
-            "marker": "o",
-            "ms": 3,
-            "color": COLORS[family],
-            "label": f"{name}: {log[-1]['val_causal']:.3f}",
-        }
-        left.plot([line["flops"] for line in during], losses, **style)
-        right.plot([line["timing"]["seconds"] / 60 for line in during], losses, **style)
+        style = {"ms": 3, "color": COLORS[family], "label": f"{name}: {log[-1]['val_causal']:.3f}"}
+        left.plot([line["flops"] for line in during], losses, "o-", **style)
+        right.plot([line["timing"]["seconds"] / 60 for line in during], losses, "o-", **style)
     left.set(xlabel="training FLOPs", ylabel="causal validation loss (nats per token)")
     right.set(xlabel="wall-clock (minutes, evaluation included)")
-    left.legend(title=f"at the end, on {FINAL_EVAL_TOKENS // EVAL_TOKENS} x the tokens", alignment="left")
+    left.legend(title="at the end, on more tokens", alignment="left")
     return figure
 
 
-def grouped_bars(axis, groups, series):
-    """Bars side by side in each group, for series of (name, colour, a value per group). Returns those of each."""
-    width, drawn = 0.84 / len(series), []
-    for j, (name, color, values) in enumerate(series):
-        x = np.arange(len(groups)) + width * (j - (len(series) - 1) / 2)
-        drawn.append(axis.bar(x, values, 0.92 * width, color=color, label=name))
+def grouped_bars(axis, groups, names, colors, values):
+    """Bars side by side in each group, one for each name; values[name][group]. Returns the bars of each name."""
+    drawn, width = [], 0.84 / len(names)
+    for j, (name, color, heights) in enumerate(zip(names, colors, values, strict=True)):
+        x = np.arange(len(groups)) + width * (j - (len(names) - 1) / 2)
+        drawn.append(axis.bar(x, heights, 0.92 * width, color=color, label=name))
     axis.set_xticks(range(len(groups)), groups)
     axis.set_xlabel("width (n_embd)")
     return drawn
@@ -241,46 +215,33 @@ def bench(args):
     table = {(row["n_embd"], row["batch"], row["context"]): row for row in rows}
     widths, batches, contexts = (sorted({key[i] for key in table}) for i in range(3))
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.9))
-
-    def ratio(way, row):
-        return row[f"{way}_tok_s"] / row["dense_tok_s"] if row else math.nan
-
     one = [table[n, batches[0], contexts[-1]] for n in widths]
-    ways = (
-        ("fast", "MoD, skipping", COLORS["mod"]),
-        ("all_blocks", "MoD, every block computed", "#e8a598"),
-        ("no_cache", "MoD, no cache", "#bbbbbb"),
-    )
-    fast, *_ = grouped_bars(
-        left, widths, [(name, color, [ratio(way, row) for row in one]) for way, name, color in ways]
-    )
+    ways = "fast_tok_s", "all_blocks_tok_s", "no_cache_tok_s"
+    values = [[row[way] / row["dense_tok_s"] for row in one] for way in ways]
+    names = "MoD, skipping", "MoD, all blocks computed", "MoD, no cache"
+    fast, *_ = grouped_bars(left, widths, names, (COLORS["mod"], "#e8a598", "#bbb"), values)
     speeds = [f"{row['fast_tok_s']:,.0f} per s" for row in one]
     left.bar_label(fast, speeds, label_type="center", rotation=90, color="white", size=8)
-    for bar, row in zip(fast, one, strict=True):
-        label = None if row is not one[0] else "ideal, by FLOPs"
-        left.hlines(row["ideal"], bar.get_x(), bar.get_x() + bar.get_width(), color=INK, label=label)
-    by_batch = [
-        (f"batch {b}", color, [ratio("fast", table.get((n, b, contexts[0]))) for n in widths])
-        for b, color in zip(batches, shades(len(batches)), strict=True)
-    ]
-    grouped_bars(middle, widths, by_batch)
-    caches = [("dense", COLORS["dense"], "dense_cache_bytes"), ("MoD", COLORS["mod"], "cache_bytes")]
-    mib = [(name, color, [row[key] / 2**20 for row in one]) for name, color, key in caches]
+    x = np.array([bar.get_x() for bar in fast])
+    left.hlines([row["ideal"] for row in one], x, x + fast[0].get_width(), color=INK, label="ideal, by FLOPs")
+    names, short = [f"batch {batch}" for batch in batches], contexts[0]
+    pairs = [[table[n, batch, short] for n in widths] for batch in batches]
+    values = [[row["fast_tok_s"] / row["dense_tok_s"] for row in line] for line in pairs]
+    grouped_bars(middle, widths, names, shades(len(batches)), values)
+    values = [[row[key] / 2**20 for row in one] for key in ("dense_cache_bytes", "cache_bytes")]
+    _, ours = grouped_bars(right, widths, ("dense", "MoD"), (COLORS["dense"], COLORS["mod"]), values)
     shrunk = [f"{row['cache_bytes'] / row['dense_cache_bytes']:.2f} x" for row in one]
-    right.bar_label(grouped_bars(right, widths, mib)[1], shrunk, size=8, padding=2)
-
-    left.set_title(f"Speed: batch {batches[0]}, context {contexts[-1]:,}")
-    middle.set_title(f"Speed, MoD, skipping: context {contexts[0]:,}")
-    right.set(title=f"KV cache: batch {batches[0]}, context {contexts[-1]:,}", ylabel="MiB in use")
+    right.bar_label(ours, shrunk, size=8, padding=2)
+    left.set_title(f"Speed, batch {batches[0]}, context {contexts[-1]:,}")
+    middle.set_title(f"Speed of MoD, skipping, context {short:,}")
+    right.set(title=f"KV cache, batch {batches[0]}, context {contexts[-1]:,}", ylabel="MiB in use")
     for axis in (left, middle):
-        axis.axhline(1, color=COLORS["dense"], label="dense, with cache")
+        axis.axhline(1, color=COLORS["dense"], zorder=0, label="dense, with cache")
         axis.set_ylabel("tokens per second, dense = 1")
     for axis in (left, middle, right):
-        axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
-        axis.legend(ncols=2, fontsize=8, loc="upper left")
-    figure.suptitle(
-        f"Sampling: {rows[0]['device']}, {rows[0]['dtype']}, {rows[0]['n_layer']} blocks", size=10
-    )
+        axis.set_ylim(0, 1.35 * axis.get_ylim()[1])
+        axis.legend(ncols=2, loc="upper left", columnspacing=1)
+    figure.suptitle(f"Sampling: {rows[0]['device']}, {rows[0]['dtype']}, {rows[0]['n_layer']} blocks")
     return figure
 
 
@@ -293,51 +254,44 @@ def ablations(args):
     variants = sorted(budgets[budget].items(), key=lambda item: -np.mean(item[1]))
     figure, axis = plt.subplots(figsize=(8, 1.1 + 0.26 * len(variants)))
     for i, (name, losses) in enumerate(variants):
-        color = COLORS[{"dense_half": "dense", "random": "random"}.get(name, "mod")]
+        color = COLORS.get(name.split("_")[0], COLORS["mod"])
         axis.plot(losses, [i] * len(losses), "o", color=color, alpha=0.5, ms=5, mew=0)
         axis.plot(np.mean(losses), i, "|", color=color, ms=14, mew=2.5)
     axis.set_yticks(range(len(variants)), [f"{name} ({len(losses)})" for name, losses in variants])
     axis.set_xlabel("causal validation loss (nats per token): a dot per seed, a bar at the mean")
     axis.set_title(f"Variants (seeds) at {budget:.0e} training FLOPs".replace("e+", "e"))
+    axis.set_ylim(-0.6, len(variants) - 0.4)
     axis.grid(axis="y", color=PALE)
-    axis.set_axisbelow(True)
     return figure
 
 
-FIGURES = {  # with what each needs
-    routing_map: ["mod"],
-    histograms: ["mod"],
-    curves: ["mod", "dense", "random"],
-    spending: ["mod"],
-    bench: ["bench.json"],
-    ablations: ["ablations.csv"],
-}
+FIGURES = {f.__name__: f for f in (routing_map, histograms, curves, spending, bench, ablations)}
+NEEDS = {"curves": list(FAMILIES), "bench": ["bench.json"], "ablations": ["ablations.csv"]}  # the others: mod
 
 
 def main(argv):
-    figures = {figure.__name__: figure for figure in FIGURES}
     parser = argparse.ArgumentParser(description="Draw the README's figures.")
     for name, about in FAMILIES.items():
-        parser.add_argument(
-            f"--{name}", type=Path, default=ROOT / "out" / name, help=f"the {about} run's folder"
-        )
-    parser.add_argument("--assets", type=Path, default=ROOT / "assets", help="folder of tables and figures")
-    parser.add_argument("--only", nargs="+", choices=figures, default=list(figures), metavar="NAME")
+        parser.add_argument(f"--{name}", type=Path, default=ROOT / "out" / name, help=f"folder of {about}")
+    parser.add_argument("--assets", type=Path, default=ROOT / "assets", help="tables and figures")
+    parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="NAME")
     parser.add_argument("--snippet", default="def ", help="how the paragraph in routing_map begins")
     parser.add_argument("--budget", type=float, help="training FLOPs of the ablations to show")
     args = parser.parse_args(argv)
     for name in args.only:
-        for need in FIGURES[figures[name]]:
+        for need in NEEDS.get(name, ["mod"]):
             path = getattr(args, need) / "ckpt.pt" if need in FAMILIES else args.assets / need
             if not path.exists():
                 command = MADE_BY[need].format(path=path.parent)
-                raise UserError(
-                    f"{name} needs {path}: make it with `{command}`, or choose others with --only"
-                )
-    plt.rcParams.update(STYLE)
+                raise UserError(f"{name} needs {path}: make it with `{command}` or leave it out with --only")
+    plt.rc("font", size=9)
+    plt.rc("axes", titlesize="medium", axisbelow=True)
+    plt.rc("axes.spines", top=False, right=False)
+    plt.rc("legend", frameon=False, fontsize="small")
+    plt.rc("figure.constrained_layout", use=True)
     for name in args.only:
         path = args.assets / f"{name}.png"
-        figures[name](args).savefig(path)
+        FIGURES[name](args).savefig(path, dpi=160, facecolor="white")
         print(path, flush=True)
 
 

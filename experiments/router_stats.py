@@ -4,8 +4,8 @@
     python experiments/router_stats.py out/mod --dense out/dense_half   "hard" means: to that model
     python experiments/router_stats.py out/mod --other out/mod_seed_1   do both take the same tokens?
 
-On the validation tokens that train.py watches during a run. "Taken" means by top-k; a token's loss, in nats, is that
-of the prediction made at it. For byte-level runs.
+On the validation tokens that train.py watches during a byte-level run. "Taken" means by top-k; a token's loss, in
+nats, is that of the prediction made at it.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -78,16 +77,15 @@ def look(model, x, y, rank=None, **options):
         if rank:
             RoutedBlock.rank = lambda block, r, rows=rows: rank(rows)
         logits, _, route = model(x[rows], **options)
-        losses.append(F.cross_entropy(logits.transpose(1, 2), y[rows], reduction="none"))
+        losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), y[rows], reduction="none"))
         routes.append(route)
     RoutedBlock.rank = own
     return torch.cat(losses), routes[0] and Route(*(torch.cat(part, 1) for part in zip(*routes, strict=True)))
 
 
 def table(title, header, rows):
-    print(f"\n### {title}\n\n| {' | '.join(header)} |\n|{' --- |' * len(header)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
+    lines = [header, ["---"] * len(header), *rows]
+    print(f"\n### {title}\n", *(f"| {' | '.join(line)} |" for line in lines), sep="\n")
 
 
 def percent(mask):
@@ -106,9 +104,8 @@ def main(argv):
     if route is None:
         raise UserError(f"{args.out} is a dense model; train one that has routers with `python train.py`")
     skip, _ = look(model, x, y, causal=True, threshold=math.inf)
-    hard, hard_for = skip, "this model without its routed blocks"
-    if args.dense:
-        hard, hard_for = look(load(args.dense, T)[0], x, y)[0], args.dense
+    hard = look(load(args.dense, T)[0], x, y)[0] if args.dense else skip
+    hard_for = args.dense or "this model without its routed blocks"
     print(f"## {args.out}: {x.numel():,} validation tokens, top-k takes {k} of {T}. Hard: for {hard_for}")
     losses = {
         "top-k": topk,
@@ -119,7 +116,6 @@ def main(argv):
     }
     rows = [(way, f"{v.mean():.4f}", f"{v.mean() - topk.mean():+.4f}") for way, v in losses.items()]
     table("Loss by who is chosen", ("choice", "nats per token", "over top-k"), rows)
-
     names = [f"block {i}" for i in range(model.config.n_layer) if model.config.is_routed(i)]
     rows, columns, all_of = [], [], x.flatten().bincount(minlength=257)
     for name, taken, r, logit in zip(names, *route, strict=True):
@@ -134,7 +130,6 @@ def main(argv):
     table("How firmly: the router's r, and the causal decision on the same tokens", header, rows)
     title = "The bytes that fill each block: share of the byte that is taken (lift), its part of all that is taken"
     table(title, names, zip(*columns, strict=True))
-
     position, kind = torch.arange(T).expand_as(x) * 4 // T, kinds_of(x)
     loss = (hard.flatten().argsort().argsort() * 4 // hard.numel()).view_as(hard)
     groups = {f"position in the context, quarter {q + 1}": position == q for q in range(4)}
@@ -143,7 +138,6 @@ def main(argv):
     sets = *route.taken, route.taken.any(0)
     rows = [(name, percent(g), *(percent(taken[g]) for taken in sets)) for name, g in groups.items()]
     table("Share taken", ("of the tokens", "part of the text", *names, "by any block"), rows)
-
     if args.other:
         other = look(load(args.other, T)[0], x, y)[1].taken
         rows = [(name, *(percent(b[a]) for b in other)) for name, a in zip(names, route.taken, strict=True)]
