@@ -1768,6 +1768,12 @@ def test_bad_flags_of_train(run_train, tmp_path, flags, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_compiling_without_a_compiler_is_refused(run_train, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="needs a C.. compiler"):
+        run_train("--steps=1", "--compile")
+
+
 def test_an_existing_run_is_neither_overwritten_nor_changed_by_accident(run_train, tmp_path):
     run_train("--steps=2")
     out = f"--out={tmp_path / 'run'}"

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -235,6 +236,14 @@ def check(config, world):
         raise UserError(f"--seed {config.seed} must be from 0 to 2**31 - 1")
     if config.steps is not None and config.flops is not None:
         raise UserError("--steps and --flops are two budgets; give one of them")
+    if (
+        config.compile
+        and config.device == "cpu"
+        and not any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
+    ):
+        raise UserError(
+            "--compile on a CPU needs a C++ compiler, and there is none on the PATH; leave it out"
+        )
     if config.batch_size % (world * config.accumulate):
         raise UserError(
             f"--batch_size {config.batch_size} doesn't divide into {world} device(s) x --accumulate {config.accumulate}"
