@@ -15,8 +15,7 @@ attention and MLP (k = capacity * T, say 12.5 %); the others pass by on the resi
                     |                             |                                 |
                     +------------------------- gather --> (B, k, C) --> f = attention, MLP
 
-In the paper r_i = w . x_i and gate(r) = r. Here r_i = w . norm(x_i), the gate is a sigmoid, and the router reads x
-behind a stop-gradient; README says why.
+In the paper r_i = w . x_i and gate(r) = r. Here r_i = w . norm(x_i) and the gate is a sigmoid; README says why.
 
 Who is chosen is the only thing that differs between the two modes:
     top-k   compares a token with the whole sequence. k is known beforehand, so every shape is fixed: for training.
@@ -250,11 +249,9 @@ class RoutedBlock(nn.Module):
     def score(self, x):
         """For each token of x (B, T, C), by itself: r (section 3.4) and the causal decision's logit, (B, T) each.
 
-        In float32, since bfloat16 makes ties and flips decisions; forward and generate see to autocast. The detach
-        keeps learning to choose out of the residual stream: for the predictor that is section 3.5, for the router
-        it is ours. Without it the stream is bent to please the router, which costs more than it brings: see README.
+        In float32, since bfloat16 makes ties and flips decisions; forward and generate see to autocast.
         """
-        seen = norm(x.detach().float())
+        seen = norm(x.float())
         r = self.router(seen).squeeze(-1)
         return r, self.decide(seen, r)
 
@@ -266,7 +263,8 @@ class RoutedBlock(nn.Module):
         """The causal decision's logit (B, T). Section 3.5: r itself, trained by choice_loss, or a predictor's."""
         if self.config.routing == "random":
             return torch.rand_like(r) - (1 - self.config.capacity)  # above 0 with probability capacity
-        return r if self.predictor is None else self.predictor(seen).squeeze(-1)
+        # The detach: learning to predict must not change the language model.
+        return r if self.predictor is None else self.predictor(seen.detach()).squeeze(-1)
 
     def gate(self, r):
         # Multiplying the output by a function of r is what gives the router a gradient: choosing has none.

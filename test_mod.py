@@ -734,14 +734,14 @@ def test_the_bodys_gradient_is_the_same_with_and_without_the_predictors_loss():
     assert all(torch.equal(with_it[name], without[name]) for name in without if part(name) != "predictor")
 
 
-@pytest.mark.parametrize("causal", ["predictor", "router"])
-def test_choosers_read_the_residual_stream_and_leave_it_alone(causal):
-    """Neither the router's output nor the causal decision's loss has a gradient to the body."""
-    model = redrawn(causal=causal)
-    route = model(tokens(3, 24))[2]
-    grads = gradients(model, route.weight.sum() + choice_loss(route))
-    for name, grad in grads.items():
-        assert (grad is None) if part(name) == "body" else grad.abs().max() > 0, name
+def test_the_routers_own_loss_reaches_router_and_body():
+    """Section 3.5, first way: the price of doing without a predictor."""
+    model = redrawn(causal="router")
+    grads = gradients(model, choice_loss(model(tokens(3, 24))[2]))
+    assert not [name for name in grads if part(name) == "predictor"]
+    assert all(grads[name].abs().max() > 0 for name in grads if part(name) == "router")
+    for name in ("embedding.weight", "blocks.0.attention.qkv.weight", "blocks.1.block.down.weight"):
+        assert grads[name].abs().max() > 0, name
 
 
 @pytest.mark.parametrize("causal", [False, True])

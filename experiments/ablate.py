@@ -35,13 +35,13 @@ def follow_progress():
     train.learning_rate = learning_rate
 
 
-def attached():
-    """As in the paper: the router's gradient reaches the residual stream too. The predictor's does not."""
+def detached():
+    """The router learns, but its gradient does not reach the residual stream."""
 
     def score(block, x):
-        seen = mod.norm(x.float())
+        seen = mod.norm(x.detach().float())
         r = block.router(seen).squeeze(-1)
-        return r, block.decide(seen.detach(), r)
+        return r, block.decide(seen, r)
 
     mod.RoutedBlock.score = score
 
@@ -77,7 +77,7 @@ def raw_input():
     """The router reads the residual stream itself, not its normalised form. (So does the predictor.)"""
 
     def score(block, x):
-        seen = x.detach().float()
+        seen = x.float()
         r = block.router(seen).squeeze(-1)
         return r, block.decide(seen, r)
 
@@ -113,9 +113,8 @@ VARIANTS = {  # name: (flags, patch or None)
     "dense_half": ({"capacity": 1, "n_layer": 4}, None),  # what is left without the routed blocks
     "dense_full": ({"capacity": 1}, None),
     "random": ({"routing": "random"}, None),
-    "attached": ({}, attached),
-    "attached_raw_gate": ({"gate": "raw"}, attached),  # the paper, to the letter
-    "attached_noise_30_centred": ({}, lambda: (attached(), noise_until(0.3), centred())),
+    "detached": ({}, detached),
+    "noise_30_centred": ({}, lambda: (noise_until(0.3), centred())),
     "centred": ({}, centred),
     "noise_30": ({}, lambda: noise_until(0.3)),
     "straight_through": ({}, straight_through),
