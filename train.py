@@ -315,7 +315,7 @@ def train(config):
     if steps < 1:
         raise UserError(f"--flops {config.flops:.3g} is less than one step, {flops_per_step:.3g}")
     eval_interval = config.eval_interval or max(1, steps // 10)
-    learns_to_choose = config.capacity < 1 and config.routing == "topk"
+    learns_to_choose = config.routing == "topk" and any(map(model_config.is_routed, range(config.n_layer)))
 
     # The predictors get an optimizer step of their own size: clipped together with the body, their loss
     # would rescale the body's gradient, and the language model would notice that they learn.
