@@ -67,7 +67,7 @@ class MoDConfig:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if self.n_embd < 4 or self.n_embd % (2 * self.n_head):
             raise ValueError(
-                f"n_embd {self.n_embd} must be 4 or more, n_head {self.n_head} times an even head size"
+                f"n_embd {self.n_embd} must be a multiple of 2 x n_head {self.n_head}, and at least 4"
             )
         if not 0 < self.capacity <= 1:
             raise ValueError(f"capacity {self.capacity} must be above 0 and at most 1 (1 is dense)")
@@ -409,7 +409,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
     """Draw from logits (B, V): one token a row, (B, 1). Temperature 0 is argmax. top_k >= 1, 0 < top_p <= 1."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / temperature  # no overflow, however cold
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)

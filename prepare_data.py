@@ -79,12 +79,19 @@ def run(main):
         sys.exit(2)
 
 
+class Parser(argparse.ArgumentParser):
+    """One that answers a wrong flag with one line, as all other errors here, and status 2."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; --help lists the flags\n")
+
+
 def make_parser(config_class, description):
     """A parser with a flag for each field of a dataclass; metadata holds its "help", perhaps its "choices".
 
     The annotation gives the type: int, float, str, bool (--flag/--no-flag), or one of these `| None`.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = Parser(description=description, allow_abbrev=False)
     hints = typing.get_type_hints(config_class)
     for f in fields(config_class):
         kind = hints[f.name]
@@ -327,6 +334,8 @@ def load_data(path):
         train, val = (np.memmap(path / name, DTYPE, "r") for name in ("train.bin", "val.bin"))
         if meta["vocab_size"] != VOCAB_SIZES.get(meta["tokenizer"]):
             raise ValueError(f"unknown tokenizer {meta['tokenizer']!r} with {meta['vocab_size']} tokens")
+        if not (isinstance(meta["sha256"], str) and meta["bytes_per_val_token"] > 0):
+            raise ValueError("meta.json has no hash or no size of its text")
         if (len(train), len(val)) != (meta["train_tokens"], meta["val_tokens"]):
             raise ValueError("meta.json and the .bin files disagree about the number of tokens")
         if (largest := max(train.max(), val.max())) >= meta["vocab_size"]:  # under a second, also for enwik8
@@ -340,7 +349,7 @@ def load_data(path):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Turn text into tokens: train.bin, val.bin and meta.json.", allow_abbrev=False
     )
     source = parser.add_mutually_exclusive_group()

@@ -59,7 +59,11 @@ def check(config):
     if config.top_p is not None and not 0 < config.top_p <= 1:
         raise UserError(f"--top_p {config.top_p} must be above 0 and at most 1")
     if math.isnan(config.threshold):
-        raise UserError("--threshold must be a number; inf skips every routed block, -inf none")
+        raise UserError(
+            "--threshold must be a number; --threshold=inf skips every routed block, --threshold=-inf none"
+        )
+    if config.html and Path(config.html).is_dir():
+        raise UserError(f"{config.html} is a folder; --html takes a file")
     if not 0 <= config.seed < 2**31:
         raise UserError(f"--seed {config.seed} must be 0 or above, and below 2**31")
 

@@ -1745,6 +1745,7 @@ def test_checkpoints_of_a_compiled_run_are_clean(run_train, tmp_path, monkeypatc
         (["--flops=nan"], "--flops nan must be above 0"),
         (["--steps=5", "--flops=1e12"], "two budgets"),
         (["--n_embd=17"], "n_embd 17"),
+        (["--lr=inf"], "--lr inf must be above 0 and finite"),
         (["--n_head=3"], "n_head 3"),
         (["--n_layer=0"], "n_layer 0"),
         (["--capacity=0"], "capacity 0.0"),
@@ -1783,13 +1784,33 @@ def test_an_existing_run_is_neither_overwritten_nor_changed_by_accident(run_trai
         run_train("--steps=2")
     with pytest.raises(prepare_data.UserError, match="--lr 0.5 differs"):
         train.main(["--resume", out, "--lr=0.5"])
-    with pytest.raises(prepare_data.UserError, match="--steps 1 differs"):
+    with pytest.raises(prepare_data.UserError, match="--steps 1 differs.* can only be raised"):
         train.main(["--resume", out, "--steps=1"])
     with pytest.raises(prepare_data.UserError, match="has done 2 of 2 steps"):
         train.main(["--resume", out])
     train.main(["--resume", out, "--steps=4"])
     assert load(tmp_path / "run")["step"] == 4
     assert run_train("--steps=3", "--overwrite")[-1]["step"] == 3
+
+
+def test_a_run_does_not_go_on_with_other_text(run_train, small_data, tmp_path):
+    """One regression: every --input goes to data/input, and a resumed run took whatever was there."""
+    run_train("--steps=2")
+    meta = json.loads((small_data / "meta.json").read_text(encoding="utf-8"))
+    try:
+        (small_data / "meta.json").write_text(json.dumps({**meta, "sha256": "0" * 64}), encoding="utf-8")
+        with pytest.raises(UserError, match="is not the one that the run"):
+            train.main(["--resume", f"--out={tmp_path / 'run'}", "--steps=4"])
+    finally:
+        (small_data / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def test_a_damaged_log_is_named(run_train, tmp_path):
+    run_train("--steps=2")
+    (tmp_path / "run/log.jsonl").write_text("{\n", encoding="utf-8")
+    with pytest.raises(UserError, match="log.jsonl is damaged"):
+        train.main(["--resume", f"--out={tmp_path / 'run'}", "--steps=4"])
+    assert load(tmp_path / "run")["step"] == 2
 
 
 def test_broken_checkpoints(run_train, tmp_path):

@@ -192,6 +192,18 @@ def load_checkpoint(out, device):
     return model.eval(), checkpoint
 
 
+def read_log(out, step):
+    """The entries of out/log.jsonl up to a step. Raises UserError if it is damaged."""
+    path = out / "log.jsonl"
+    if not path.exists():
+        return []
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [entry for entry in entries if entry.get("step", 0) <= step]
+    except (AttributeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); move it away to go on with a new log") from error
+
+
 def pick_device(name):
     """The torch.device called name, or the best there is. Raises UserError if it isn't there."""
     if name is None:
@@ -228,7 +240,7 @@ def check(config, world):
     for name in ("steps", "flops", "batch_size", "accumulate", "eval_interval", "lr"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name} {value} must be above 0")
+            raise UserError(f"--{name} {value} must be above 0 and finite")
     for name in ("router_lr_scale", "weight_decay"):
         if not 0 <= getattr(config, name) < math.inf:
             raise UserError(f"--{name} {getattr(config, name)} must be 0 or above")
@@ -287,6 +299,8 @@ def train(config):
     config = fill_in(config, device)
     check(config, world)
     out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; --out takes a folder")
     checkpoint = None
     if config.resume:
         model, checkpoint = load_checkpoint(out, device)
@@ -295,6 +309,11 @@ def train(config):
             f"{out} holds a run; go on with --resume, replace it with --overwrite, or name another --out"
         )
     train_data, val_data, meta = load_data(config.data)
+    if checkpoint and checkpoint["meta"] != meta:
+        raise UserError(
+            f"the text in {config.data} is not the one that the run in {out} began with; prepare that one again "
+            f"(its SHA-256 begins with {checkpoint['meta']['sha256'][:12]}), or begin a new run with another --out"
+        )
     if min(len(train_data), len(val_data)) <= config.block_size:
         raise UserError(
             f"--block_size {config.block_size} is longer than the validation data of {config.data} "
@@ -334,7 +353,8 @@ def train(config):
         step, loss_count, spent = checkpoint["step"], checkpoint["loss_count"], checkpoint["seconds"]
         loss_sum += torch.tensor(checkpoint["loss_sum"], device=device)
         if step >= steps:
-            raise UserError(f"{out} has done {step} of {steps} steps; ask for more with --steps to go on")
+            budget = "--steps" if config.flops is None else "--flops"
+            raise UserError(f"{out} has done {step} of {steps} steps; ask for more with {budget} to go on")
 
     network = torch.compile(model, fullgraph=True) if config.compile else model
     if world > 1:
@@ -393,21 +413,12 @@ def train(config):
         with write_atomic(out / "ckpt.pt") as file:
             file.write(whole.getbuffer())
 
-    def log(entry):
-        if main_process:
-            with open(out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+    log = read_log(out, step) if checkpoint else []
 
-    if main_process:
-        # A run begins with an empty log, a resumed one with what had been logged when it was saved.
-        lines = []
-        if checkpoint and (out / "log.jsonl").exists():
-            with open(out / "log.jsonl", encoding="utf-8") as file:
-                lines = [
-                    line for line in file if line.endswith("\n") and json.loads(line).get("step", 0) <= step
-                ]
+    def save_log():  # before the checkpoint: what a log has too much, a resumed run leaves out
         with write_atomic(out / "log.jsonl") as file:
-            file.writelines(line.encode() for line in lines)
+            file.write("".join(json.dumps(entry) + "\n" for entry in log).encode())
+
     n_params = sum(p.numel() for p in model.parameters())
     dense_flops = dataclasses.replace(model_config, capacity=1.0).flops_per_token(config.block_size)
     relative = model_config.flops_per_token(config.block_size) / dense_flops
@@ -420,14 +431,19 @@ def train(config):
         f"training FLOPs; a token costs {relative:.2f} of what a dense model of this shape spends on it"
     )
     if not checkpoint:
-        log({"train": dataclasses.asdict(config), "model": dataclasses.asdict(model_config), "params": n_params,
-             "steps": steps, "data_sha256": meta["sha256"], "torch": torch.__version__})  # fmt: skip
+        log.append({"train": dataclasses.asdict(config), "model": dataclasses.asdict(model_config),
+                    "params": n_params, "steps": steps, "data_sha256": meta["sha256"],
+                    "torch": torch.__version__})  # fmt: skip
 
     # Ctrl-C and SIGTERM: finish the step, save, and leave.
     stopping = []
-    handlers = {
-        s: signal.signal(s, lambda *_: stopping.append(True)) for s in (signal.SIGINT, signal.SIGTERM)
-    }
+
+    def stop(number, _):
+        stopping.append(True)
+        say("stopping after this step; once more to stop at once, without saving")
+        signal.signal(number, handlers[number])
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     start = tick = time.perf_counter()
     timed_tokens, result = 0, None
     part = slice(rank, None, world)
@@ -472,12 +488,15 @@ def train(config):
                 elapsed = spent + time.perf_counter() - start
                 speed = timed_tokens / seconds
                 result["timing"] = {"tokens_per_second": speed, "seconds": elapsed}
+                log.append(result)
+                save_log()
                 save()
-                log(result)
                 say(report(result, steps, meta["bytes_per_val_token"]))
             tick, timed_tokens = time.perf_counter(), 0
         if step < steps:
             mean_losses()
+            if main_process:
+                save_log()
             save()
             say(f"stopped at step {step}, saved; go on with `python train.py --resume --out {out}`")
             return None
@@ -495,9 +514,8 @@ def resumed(given, out):
     for name, value in given.items():
         larger = name in ("steps", "flops") and saved[name] is not None and value >= saved[name]
         if name not in FREE_ON_RESUME and value != saved[name] and not larger:
-            raise UserError(
-                f"--{name} {value} differs from the run in {out}, which has {saved[name]}; leave it out"
-            )
+            can = "it can only be raised" if name in ("steps", "flops") and saved[name] else "leave it out"
+            raise UserError(f"--{name} {value} differs from the run in {out}, which has {saved[name]}; {can}")
     return TrainConfig(**{**saved, "device": None, "overwrite": False, **given})
 
 
