@@ -1,0 +1,49 @@
+"""Has a model learned to copy? The loss on validation text, and on the same text the second time it comes in a context.
+
+    python experiments/induction.py out/ablate/*2e+13*
+
+A model with induction heads (Olsson et al., arXiv:2209.11895) copies what it has read: its loss falls at the second
+reading. Whether these heads have formed explains the differences between seeds better than anything about routing.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from prepare_data import load_data, run  # noqa: E402
+from train import load_checkpoint  # noqa: E402
+
+
+@torch.no_grad()
+def losses(model, data, windows=64):
+    """Causal loss, nats per token, on the first and the second reading of the same half context."""
+    half = model.config.block_size // 2
+    starts = np.linspace(0, len(data) - half, windows).astype(int)
+    text = torch.from_numpy(np.stack([data[i : i + half] for i in starts]).astype(np.int64))
+    twice = torch.cat((text, text), dim=1)
+    logits = model(twice[:, :-1], causal=True)[0]
+    loss = F.cross_entropy(logits.flatten(0, 1), twice[:, 1:].flatten(), reduction="none").view(windows, -1)
+    first = slice(0, half - 1)
+    second = slice(half + 8, None)  # after a few tokens by which the place can be known
+    return loss[:, first].mean().item(), loss[:, second].mean().item()
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description="Loss at first and second reading.")
+    parser.add_argument("out", nargs="+", help="folders of runs")
+    print("| run | first reading | second reading |\n| --- | --- | --- |")
+    for out in parser.parse_args(argv).out:
+        model, checkpoint = load_checkpoint(out, "cpu")
+        first, second = losses(model, load_data(checkpoint["train"]["data"])[1])
+        print(f"| {Path(out).name} | {first:.3f} | {second:.3f} |")
+
+
+if __name__ == "__main__":
+    run(main)
