@@ -493,6 +493,8 @@ def train(config):
                 save()
                 say(report(result, steps, meta["bytes_per_val_token"]))
             tick, timed_tokens = time.perf_counter(), 0
+        if world > 1:
+            dist.barrier()  # the others wait for the last evaluation: a process group must not end under it
         if step < steps:
             mean_losses()
             if main_process:
@@ -504,6 +506,7 @@ def train(config):
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if world > 1:
+            network = None  # before the group that it uses, or a thread of gloo may outlive both and abort
             dist.destroy_process_group()
     return result
 
