@@ -95,12 +95,17 @@ def step_seed(seed, step):
     return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
 
 
+def windows(data, starts, length):
+    """Tokens (len(starts), length), int64, of data from each start on."""
+    return torch.from_numpy(np.stack([data[i : i + length] for i in starts]).astype(np.int64))
+
+
 def get_batch(data, block_size, batch_size, seed, step):
     """Random windows (batch_size, block_size) of tokens and of the tokens after them, fixed by seed and step."""
     generator = torch.Generator().manual_seed(step_seed(seed, step))
     starts = torch.randint(len(data) - block_size, (batch_size,), generator=generator)
-    windows = np.stack([data[i : i + block_size + 1] for i in starts.tolist()]).astype(np.int64)
-    return torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:])
+    tokens = windows(data, starts.tolist(), block_size + 1)
+    return tokens[:, :-1], tokens[:, 1:]
 
 
 def param_groups(model, router_lr_scale, weight_decay):
@@ -132,8 +137,8 @@ def evaluate(model, data, tokens, autocast):
     block: agree (causal decision equals top-k's), recall (of the taken tokens), share (taken causally).
     """
     device, size = model.embedding.weight.device, model.config.block_size
-    windows = max(1, min(tokens, len(data) - 1) // size)
-    starts = np.linspace(0, len(data) - 1 - size, windows).astype(int)
+    n_windows = max(1, min(tokens, len(data) - 1) // size)
+    starts = np.linspace(0, len(data) - 1 - size, n_windows).astype(int)
     torch.manual_seed(0)  # random routing draws its noise here
     ways = {
         "val_topk": {},
@@ -141,10 +146,8 @@ def evaluate(model, data, tokens, autocast):
         "val_skip": {"causal": True, "threshold": math.inf},
     }
     sums, routing = dict.fromkeys(ways, 0.0), []
-    for chunk in np.array_split(starts, math.ceil(windows / 16)):
-        batch = torch.from_numpy(np.stack([data[i : i + size + 1] for i in chunk]).astype(np.int64)).to(
-            device
-        )
+    for chunk in np.array_split(starts, math.ceil(n_windows / 16)):
+        batch = windows(data, chunk, size + 1).to(device)
         for way, options in ways.items():
             with autocast():
                 _, loss, route = model(batch[:, :-1], batch[:, 1:], **options)
@@ -157,12 +160,12 @@ def evaluate(model, data, tokens, autocast):
                 counts = [agree.sum((1, 2)), hit.sum((1, 2)), route.taken.sum((1, 2))]
             elif way == "val_causal":
                 routing.append(torch.stack([*counts, route.taken.sum((1, 2))]))
-    result = {way: total / windows for way, total in sums.items()}
+    result = {way: total / n_windows for way, total in sums.items()}
     if routing:
         agree, hit, taken, causal = torch.stack(routing).sum(0).double()
-        result["agree"] = (agree / (windows * size)).tolist()
+        result["agree"] = (agree / (n_windows * size)).tolist()
         result["recall"] = (hit / taken).tolist()
-        result["share"] = (causal / (windows * size)).tolist()
+        result["share"] = (causal / (n_windows * size)).tolist()
     return result
 
 
