@@ -54,9 +54,7 @@ class MoDConfig:
     n_head: int = 4
     n_embd: int = 128
     capacity: float = 0.125  # share of a sequence that a routed block takes; 1 is the dense transformer
-    route_every: int = (
-        2  # every route_every-th block is routed (section 4.1: every other, at 12.5 %, is best)
-    )
+    route_every: int = 2  # every route_every-th block is routed (section 4.1: every other, at 12.5 %, is best)
     routing: str = "topk"  # "topk", or "random": the paper's control, which chooses at random
     causal: str = "predictor"  # who decides without the future: a "predictor", or the "router" itself
     gate: str = "sigmoid"  # "sigmoid", or "raw": the router's output as it is, as the paper has it
@@ -66,9 +64,7 @@ class MoDConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if self.n_embd < 4 or self.n_embd % (2 * self.n_head):
-            raise ValueError(
-                f"n_embd {self.n_embd} must be a multiple of 2 x n_head {self.n_head}, and at least 4"
-            )
+            raise ValueError(f"n_embd {self.n_embd} must be a multiple of 2 x n_head {self.n_head}, and at least 4")
         if not 0 < self.capacity <= 1:
             raise ValueError(f"capacity {self.capacity} must be above 0 and at most 1 (1 is dense)")
         for name, choices in CHOICES.items():
@@ -94,9 +90,7 @@ class MoDConfig:
         """
         C = self.n_embd
 
-        def block(
-            n,
-        ):  # n tokens through 12 C^2 weights: qkv, out, MLP; per query and key, QK^T and AV cost 2C each
+        def block(n):  # n tokens through the 12 C^2 weights of qkv, out and MLP; QK^T and AV, 2C each, for n / 2 keys
             return n * (2 * 12 * C**2 + 4 * C * n / 2)
 
         taken = self.k(T) if share is None else share * T
@@ -363,9 +357,7 @@ class MoD(nn.Module):
             else:
                 remember = None
                 if cache:
-                    remember = (
-                        partial(kv.append, rows=range(B)) if T == 1 else partial(kv.fill, length=[T] * B)
-                    )
+                    remember = partial(kv.append, rows=range(B)) if T == 1 else partial(kv.fill, length=[T] * B)
                 x = x + block(x, rope[:, None, None], remember)
         if cache is not None:
             x = x[:, -1:]
@@ -417,7 +409,5 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
         ordered, order = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(dim=-1)
         drop = p.cumsum(dim=-1) - p >= top_p
-        logits = logits.masked_fill(
-            drop.scatter(1, order, drop), -torch.inf
-        )  # back in the vocabulary's order
+        logits = logits.masked_fill(drop.scatter(1, order, drop), -torch.inf)  # back in the vocabulary's order
     return torch.multinomial(logits.softmax(dim=-1), 1)

@@ -158,8 +158,7 @@ def encode(tokenizer, data, name="the text"):
         return np.array(tokenizer.encode_ordinary(data.decode("utf-8")), DTYPE)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{name} is not valid UTF-8, as the {tokenizer.name} tokenizer needs; "
-            "`--tokenizer bytes` takes any file"
+            f"{name} is not valid UTF-8, as the {tokenizer.name} tokenizer needs; `--tokenizer bytes` takes any file"
         ) from error
 
 
@@ -349,9 +348,7 @@ def load_data(path):
 
 
 def main(argv):
-    parser = Parser(
-        description="Turn text into tokens: train.bin, val.bin and meta.json.", allow_abbrev=False
-    )
+    parser = Parser(description="Turn text into tokens: train.bin, val.bin and meta.json.", allow_abbrev=False)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--dataset",

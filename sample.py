@@ -3,7 +3,8 @@
     python sample.py --prompt "def "            text, streamed; - as the prompt reads standard input
     python sample.py --show_depth               each token shaded by how many routed blocks processed it
     python sample.py --html page.html           the same as a page to explore in a browser
-    python sample.py --bench                    tokens per second: fast path, every block computed, dense, no cache
+    python sample.py --bench                    tokens per second: fast path, every block computed, dense, no cache;
+                                                and what --threshold trades: loss against compute
 
 The text goes to standard output, everything else to standard error.
 """
@@ -12,6 +13,7 @@ import codecs
 import copy
 import dataclasses
 import html
+import itertools
 import json
 import math
 import os
@@ -25,8 +27,8 @@ from typing import NamedTuple
 import torch
 
 from mod import MoD, RoutedBlock, sample
-from prepare_data import UserError, encode, encode_text, get_tokenizer, make_parser, run, write_atomic
-from train import load_checkpoint, option, pick_device
+from prepare_data import UserError, encode, encode_text, get_tokenizer, load_data, make_parser, run, write_atomic
+from train import EVAL_TOKENS, load_checkpoint, option, pick_device, spread_windows
 
 WARMUP = 3  # steps that are not timed: the prompt's, and two single tokens
 
@@ -44,7 +46,7 @@ class SampleConfig:
     threshold: float = option(0.0, "what a predictor's logit must exceed for its block to take a token")
     show_depth: bool = option(False, "shade each token by how many routed blocks processed it")
     html: str | None = option(None, "write a page to explore to this file, too")
-    bench: bool = option(False, "measure tokens per second instead, and write bench.json into out")
+    bench: bool = option(False, "measure speed and the compute dial instead; writes bench.json into out")
     device: str | None = option(None, "cuda, mps or cpu (default: the best there is)")
 
 
@@ -59,9 +61,9 @@ def check(config):
     if config.top_p is not None and not 0 < config.top_p <= 1:
         raise UserError(f"--top_p {config.top_p} must be above 0 and at most 1")
     if math.isnan(config.threshold):
-        raise UserError(
-            "--threshold must be a number; --threshold=inf skips every routed block, --threshold=-inf none"
-        )
+        raise UserError("--threshold must be a number; --threshold=inf skips every routed block, --threshold=-inf none")
+    if config.bench and (config.html or config.show_depth):
+        raise UserError("--bench prints no text, so --html and --show_depth have nothing to show; leave them out")
     if config.html and Path(config.html).is_dir():
         raise UserError(f"{config.html} is a folder; --html takes a file")
     if not 0 <= config.seed < 2**31:
@@ -282,15 +284,28 @@ def bench(model, prompt, num_tokens=64, rounds=5, threshold=0.0):
 
     Timed are num_tokens steps after the first WARMUP; without a cache fewer, halfway through. A figure is the
     median over rounds, in each of which the ways take turns, after one that isn't counted. Returns a dict:
-    *_tok_s count the tokens of all rows; context is the length of the text at the end, share the part of the
-    tokens that routed blocks took, ideal the FLOPs of dense over fast at that share; *cache_bytes are in use.
+    *_tok_s count the tokens of all rows, *_prefill_tok_s those of the prompt up to the first token drawn,
+    topk_forward_tok_s those of the prompt in a forward pass as in training; context is the length of the text at
+    the end, share the part of the tokens that routed blocks took, ideal the FLOPs of dense over fast at that
+    share; *cache_bytes are in use.
     """
     config, device = model.config, prompt.device
     B, T = prompt.shape
     models = {"fast": model, "all_blocks": computing_all(model), "dense": dense_twin(model)}
     taken, cache_bytes = [], {}
 
+    def seconds(n, steps):
+        synchronize(device)
+        start = time.perf_counter()
+        outputs = list(itertools.islice(steps, n))
+        synchronize(device)
+        return time.perf_counter() - start, outputs
+
     def measure(way):
+        torch.manual_seed(0)
+        if way == "topk_forward":
+            with torch.inference_mode():
+                return {way: B * T / seconds(1, map(model, [prompt]))[0]}
         if way == "no_cache":
             untimed, n = 1, math.ceil(num_tokens / 16)
             text = torch.cat((prompt, prompt[:, :1].expand(-1, num_tokens // 2)), dim=1)
@@ -298,22 +313,21 @@ def bench(model, prompt, num_tokens=64, rounds=5, threshold=0.0):
         else:
             untimed, n = WARMUP, num_tokens
             steps = models[way].generate(prompt, untimed + n, threshold=threshold)
-        torch.manual_seed(0)
-        for _ in range(untimed):
-            next(steps)
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(n):
-            output = next(steps)
-            if way == "fast":
-                taken.append(output[2].taken)
-        synchronize(device)
-        seconds = time.perf_counter() - start
+        prefill, _ = seconds(1, steps)
+        seconds(untimed - 1, steps)
+        generation, outputs = seconds(n, steps)
+        rates = {way: B * n / generation}
         if way != "no_cache":
-            cache_bytes[way] = sum(kv.bytes_used for kv in output[3])
-        return B * n / seconds
+            rates[f"{way}_prefill"] = B * T / prefill
+            cache_bytes[way] = sum(kv.bytes_used for kv in outputs[-1][3])
+        if way == "fast":
+            taken.extend(route.taken for _, _, route, _ in outputs)
+        return rates
 
-    rates = [{way: measure(way) for way in WAYS} for _ in range(rounds + 1)][1:]
+    rounds = [
+        {name: rate for way in (*WAYS, "topk_forward") for name, rate in measure(way).items()}
+        for _ in range(rounds + 1)
+    ][1:]
     share = torch.cat(taken).float().mean().item()
     keys = T + WARMUP + num_tokens / 2  # in a dense block's cache, on average;
     length = 2 * keys  # and a text of this length has as many for its mean position
@@ -325,7 +339,7 @@ def bench(model, prompt, num_tokens=64, rounds=5, threshold=0.0):
         "batch": B,
         "context": T + WARMUP + num_tokens,
         "share": share,
-        **{f"{way}_tok_s": statistics.median(rate[way] for rate in rates) for way in WAYS},
+        **{f"{name}_tok_s": statistics.median(rates[name] for rates in rounds) for name in rounds[0]},
         "ideal": dense_flops(config, length) / config.flops_per_token(length, share),
         "cache_bytes": cache_bytes["fast"],
         "dense_cache_bytes": cache_bytes["dense"],
@@ -350,12 +364,45 @@ def bench_table(row):
         rate = row[f"{way}_tok_s"]
         lines.append(f"{text:42}{rate:>10,.1f}{rate / row['dense_tok_s']:>10.2f}")
     lines.append(f"{'ideal: what FLOPs say about the fast path':52}{row['ideal']:>10.2f}")
+    prefill = "fast_prefill", "dense_prefill", "topk_forward"
+    rates = [f"{row[f'{name}_tok_s']:,.0f}" for name in prefill]
+    lines.append("prompt: {} tokens/s, dense {}; a forward pass as in training {}".format(*rates))
     lines.append(f"KV cache: {row['cache_bytes']:,} bytes, dense {row['dense_cache_bytes']:,}")
     return "\n".join(lines)
 
 
-def bench_checkpoint(model, prompt, config):
-    """Bench at batch 1 and an almost full context, on text that the model itself wrote after prompt, a list of ids."""
+@torch.inference_mode()
+def compute_dial(model, text, thresholds=(-1e3, -4, -2, -1, 0, 1, 2, 4, 1e3)):
+    """What each threshold costs and gives on text (N, T + 1): a list of dicts.
+
+    threshold, share (taken by routed blocks), flops (forward, per token), loss (causal, nats per token).
+    """
+    rows = []
+    for threshold in thresholds:
+        _, loss, route = model(text[:, :-1], text[:, 1:], causal=True, threshold=threshold)
+        share = route.taken.float().mean().item()
+        flops = model.config.flops_per_token(text.size(1) - 1, share)
+        rows.append({"threshold": threshold, "share": share, "flops": flops, "loss": loss.item()})
+    return rows
+
+
+def dial_table(rows, dense):
+    """Rows of compute_dial as text for a person; dense is a dense model's FLOPs per token."""
+    lines = [f"{'--threshold':>11}{'taken':>9}{'FLOPs per token':>18}{'x dense':>9}{'causal loss':>13}"]
+    for row in rows:
+        trained = "  as trained" if row["threshold"] == 0 else ""
+        lines.append(
+            f"{row['threshold']:>11g}{row['share']:>9.1%}{row['flops']:>18,.0f}{row['flops'] / dense:>9.2f}"
+            f"{row['loss']:>13.4f}{trained}"
+        )
+    return "\n".join(lines)
+
+
+def bench_checkpoint(model, prompt, config, data):
+    """Bench at batch 1 and an almost full context, on text that the model itself wrote after prompt, a list of ids.
+
+    And the compute dial, on validation data. Writes both into bench.json.
+    """
     size = model.config.block_size
     num_tokens = min(64, size // 2)
     idx = torch.tensor([prompt], device=model.rope.device)
@@ -363,9 +410,11 @@ def bench_checkpoint(model, prompt, config):
     written = [token for token, *_ in model.generate(idx, size, threshold=config.threshold)]
     idx = torch.cat((idx, *written), dim=1)[:, -max(1, size - WARMUP - num_tokens) :]
     row = bench(model, idx, num_tokens, threshold=config.threshold)
-    print(bench_table(row), file=sys.stderr)
+    print(bench_table(row), end="\n\n", file=sys.stderr)
+    dial = compute_dial(model, spread_windows(data, size, EVAL_TOKENS).to(idx.device))
+    print(dial_table(dial, dense_flops(model.config, size)), file=sys.stderr)
     with write_atomic(Path(config.out) / "bench.json") as file:
-        file.write(json.dumps({"rows": [row]}, indent=2).encode() + b"\n")
+        file.write(json.dumps({"rows": [row], "dial": dial}, indent=2).encode() + b"\n")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -383,7 +432,8 @@ def main(argv):
         raise UserError(f"{config.out} has no routed block; --show_depth, --html and --bench need one")
     prompt = read_prompt(config.prompt, tokenizer, model.config.vocab_size)
     if config.bench:
-        return bench_checkpoint(model, prompt, config)
+        val_data = load_data(checkpoint["train"]["data"])[1]
+        return bench_checkpoint(model, prompt, config, val_data)
 
     view = None
     if config.show_depth:

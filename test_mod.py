@@ -9,6 +9,7 @@ implementations have, or one that is easily made.
 """
 
 import ast
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -49,6 +50,7 @@ from sample import (
     DepthView,
     SampleConfig,
     Text,
+    compute_dial,
     computing_all,
     dense_twin,
     draw,
@@ -57,7 +59,7 @@ from sample import (
     visible,
 )
 from sample import main as sample_main
-from train import TrainConfig, load_checkpoint
+from train import TrainConfig, evaluate, load_checkpoint
 
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)  # these models are too small to share out
@@ -225,9 +227,7 @@ def mod_reference(model, idx, decide):
                 r = [(W[prefix + "router.weight"] @ rms(x_t)).item() for x_t in x]
                 logit = r
                 if prefix + "predictor.0.weight" in W:
-                    w0, b0, w2, b2 = (
-                        W[f"{prefix}predictor.{n}"] for n in ("0.weight", "0.bias", "2.weight", "2.bias")
-                    )
+                    w0, b0, w2, b2 = (W[f"{prefix}predictor.{n}"] for n in ("0.weight", "0.bias", "2.weight", "2.bias"))
                     logit = [(w2 @ gelu(w0 @ rms(x_t) + b0) + b2).item() for x_t in x]
                 chosen = decide(layer, b, r, logit)
                 gate = r if c.gate == "raw" else [1 / (1 + math.exp(-r_t)) for r_t in r]
@@ -240,9 +240,7 @@ def mod_reference(model, idx, decide):
     return torch.stack(logits), taken
 
 
-@pytest.mark.parametrize(
-    "shape", [dict(), dict(n_layer=1, n_head=1), dict(n_head=4, n_embd=24, route_every=1)]
-)
+@pytest.mark.parametrize("shape", [dict(), dict(n_layer=1, n_head=1), dict(n_head=4, n_embd=24, route_every=1)])
 def test_capacity_1_is_a_plain_dense_transformer(shape):
     """With nothing to choose there is no router and no predictor either."""
     model = redrawn(capacity=1, **shape)
@@ -384,9 +382,7 @@ def test_exactly_k_tokens_are_taken_where_all_tie():
     for block in routed_blocks(model):
         nn.init.zeros_(block.router.weight)
     assert (model(tokens(3, 24))[2].taken.sum(-1) == 6).all()
-    assert (
-        redrawn()(torch.zeros(3, 24, dtype=torch.long))[2].taken.sum(-1) == 6
-    ).all()  # and one token repeated
+    assert (redrawn()(torch.zeros(3, 24, dtype=torch.long))[2].taken.sum(-1) == 6).all()  # and one token repeated
 
 
 def test_every_routed_block_decides_for_itself():
@@ -652,9 +648,7 @@ def test_greedy_text_equals_recomputing_from_scratch(threshold, changes, prompt)
         assert lengths == route.taken.sum(-1).tolist()
 
 
-@pytest.mark.parametrize(
-    "size, prompt, num_tokens", [(24, 20, 40), (24, 24, 20), (24, 31, 20), (7, 3, 20), (1, 1, 4)]
-)
+@pytest.mark.parametrize("size, prompt, num_tokens", [(24, 20, 40), (24, 24, 20), (24, 31, 20), (7, 3, 20), (1, 1, 4)])
 @pytest.mark.parametrize("changes", [dict(), dict(causal="router", gate="raw"), dict(capacity=1)])
 def test_generation_past_the_context_goes_on_from_its_second_half(size, prompt, num_tokens, changes):
     """So does a prompt that is longer than the context: of that the last context counts."""
@@ -692,9 +686,7 @@ def test_one_token_at_a_time_costs_only_what_is_taken(B):
         counts = counter.get_flop_counts()["Global"]
         counted = sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
         all_taken.append(int(route.taken.sum()))
-        assert (
-            counted == B * (2 * linear + 2 * chooser + 2 * c.n_embd * c.vocab_size) + all_taken[-1] * linear
-        )
+        assert counted == B * (2 * linear + 2 * chooser + 2 * c.n_embd * c.vocab_size) + all_taken[-1] * linear
     assert len(set(all_taken)) > 2 and (B > 1 or 0 in all_taken)
 
 
@@ -944,9 +936,7 @@ def test_routers_and_predictors_stay_in_float32_under_autocast(causal, routing):
     model, idx = decided(causal=causal)
     given = []
     block = routed_blocks(model)[0]
-    handle = block.register_forward_pre_hook(
-        lambda _, args, kwargs: given.append((args, kwargs)), with_kwargs=True
-    )
+    handle = block.register_forward_pre_hook(lambda _, args, kwargs: given.append((args, kwargs)), with_kwargs=True)
     with torch.autocast("cpu", torch.bfloat16):
         logits, loss, route = model(idx, idx, causal=routing)
     handle.remove()
@@ -965,9 +955,7 @@ def test_generation_is_the_same_under_autocast():
     model, idx = decided()
     plain = list(model.generate(idx[:, :6], 30, temperature=0))
     with torch.autocast("cpu", torch.bfloat16):
-        for (new, logits, *_), (expected, *_) in zip(
-            model.generate(idx[:, :6], 30, temperature=0), plain, strict=True
-        ):
+        for (new, logits, *_), (expected, *_) in zip(model.generate(idx[:, :6], 30, temperature=0), plain, strict=True):
             assert logits.dtype == torch.float32 and torch.equal(new, expected)
 
 
@@ -1730,9 +1718,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(run_train, tm
 
 
 def test_checkpoints_of_a_compiled_run_are_clean(run_train, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        torch, "compile", lambda model, **_: torch._dynamo.OptimizedModule(model, lambda f: f)
-    )
+    monkeypatch.setattr(torch, "compile", lambda model, **_: torch._dynamo.OptimizedModule(model, lambda f: f))
     run_train("--steps=2", "--compile")
     assert not any("_orig_mod" in name for name in load(tmp_path / "run")["model"])
 
@@ -1842,9 +1828,7 @@ def test_two_processes_train_what_one_does(run_train, small_data, tmp_path):
         "--nproc_per_node=2",
         "train.py",
     ]
-    subprocess.run(
-        [*command, *flags], cwd=HERE, check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    subprocess.run([*command, *flags], cwd=HERE, check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     lines = [json.loads(line) for line in (tmp_path / "two/log.jsonl").read_text("utf-8").splitlines()]
     for a, b in zip(whole[1:], lines[1:], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
@@ -2048,9 +2032,7 @@ def test_the_page_shows_a_tokens_route_when_it_is_pointed_at(run_dir, tmp_path, 
     sampled(run_dir, capfdbinary, "--prompt", "a<b", "--num_tokens", "3", "--html", str(page))
     model, text = drawn_text(run_dir, list(b"a<b"), num_tokens=3)
     for i, event in ((1, "mouseover"), (4, "focus"), (5, "click")):
-        driver = (
-            f"<script>document.querySelectorAll('pre span')[{i}].dispatchEvent(new Event('{event}'))</script>"
-        )
+        driver = f"<script>document.querySelectorAll('pre span')[{i}].dispatchEvent(new Event('{event}'))</script>"
         copy = tmp_path / "driven.html"
         copy.write_text(page.read_text(encoding="utf-8") + driver, encoding="utf-8")
         flags = (
@@ -2111,19 +2093,37 @@ def test_the_benchs_dense_model_is_one_of_the_same_weights(run_dir):
 
 def test_the_bench_writes_what_it_measured(run_dir, capfdbinary):
     _, said = sampled(run_dir, capfdbinary, "--bench")
-    (row,) = json.loads((run_dir / "bench.json").read_text(encoding="utf-8"))["rows"]
+    written = json.loads((run_dir / "bench.json").read_text(encoding="utf-8"))
+    (row,) = written["rows"]
     assert set(row) == set(
         "device dtype n_layer n_embd batch context share fast_tok_s all_blocks_tok_s dense_tok_s no_cache_tok_s "
+        "fast_prefill_tok_s all_blocks_prefill_tok_s dense_prefill_tok_s topk_forward_tok_s "
         "ideal cache_bytes dense_cache_bytes torch".split()
     )
     assert (row["n_layer"], row["n_embd"], row["batch"], row["context"]) == (4, 16, 1, 24)
-    assert min(row[f"{way}_tok_s"] for way in WAYS) > 0 and 0 < row["share"] < 1
+    assert min(rate for name, rate in row.items() if name.endswith("_tok_s")) > 0 and 0 < row["share"] < 1
     assert row["cache_bytes"] < row["dense_cache_bytes"] == 4 * 23 * 2 * 16 * 4
     config = MoDConfig(**{**SMALL, "vocab_size": 257})
     dense = dataclasses.replace(config, capacity=1.0)
     keys = 24 - 12 / 2
     assert row["ideal"] == dense.flops_per_token(2 * keys) / config.flops_per_token(2 * keys, row["share"])
     assert f"{row['dense_tok_s']:,.1f}".encode() in said
+    assert all(f"{setting['loss']:.4f}".encode() in said for setting in written["dial"])
+
+
+def test_the_compute_dial(run_dir):
+    """Its ends are all blocks and none, its middle is what evaluate reports, and less compute is a smaller share."""
+    model, checkpoint = load_checkpoint(run_dir, "cpu")
+    data = load_data(checkpoint["train"]["data"])[1]
+    size = model.config.block_size
+    rows = compute_dial(model, train.spread_windows(data, size, train.EVAL_TOKENS))
+    usual = evaluate(model, data, train.EVAL_TOKENS, contextlib.nullcontext)
+    losses = {row["threshold"]: row["loss"] for row in rows}
+    assert losses[0] == pytest.approx(usual["val_causal"], abs=1e-5)
+    assert losses[1e3] == pytest.approx(usual["val_skip"], abs=1e-5)
+    shares = [row["share"] for row in rows]
+    assert shares[0] == 1 and shares[-1] == 0 and shares == sorted(shares, reverse=True)
+    assert [row["flops"] for row in rows] == [model.config.flops_per_token(size, share) for share in shares]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2196,9 +2196,7 @@ def test_a_run_killed_at_any_moment_goes_on_and_ends_the_same(run_train, small_d
                 process.kill()
                 killed += 1
             process.wait()
-        if (
-            process.returncode == 0 or load(out)["step"] == 600
-        ):  # the latter: killed while it printed its sample
+        if process.returncode == 0 or load(out)["step"] == 600:  # the latter: killed while it printed its sample
             break
         assert process.returncode == -signal.SIGKILL, (tmp_path / "stderr.txt").read_text()
         step = load(out)["step"]  # whole, whatever happened
@@ -2257,13 +2255,9 @@ def test_no_combination_of_flags_makes_a_traceback(small_data, tmp_path, monkeyp
     outcomes = []
     for _ in range(300):
         program, config, base = (
-            (train, TrainConfig, run_train_flags)
-            if rng.random() < 0.7
-            else (None, SampleConfig, ["--out=run"])
+            (train, TrainConfig, run_train_flags) if rng.random() < 0.7 else (None, SampleConfig, ["--out=run"])
         )
-        names = [
-            f.name for f in dataclasses.fields(config) if f.name not in ("data", "device", "compile", "html")
-        ]
+        names = [f.name for f in dataclasses.fields(config) if f.name not in ("data", "device", "compile", "html")]
         flags = [*base]
         for name in rng.choice(names, size=rng.integers(1, 4), replace=False):
             value = rng.choice(odd)
@@ -2280,9 +2274,7 @@ def test_no_combination_of_flags_makes_a_traceback(small_data, tmp_path, monkeyp
             ):
                 value = rng.choice(["-1", "0", "1", "2", "3", "x", "", "nan"])
             flags.append(
-                f"--{name}={value}"
-                if name not in ("bench", "show_depth", "resume", "overwrite")
-                else f"--{name}"
+                f"--{name}={value}" if name not in ("bench", "show_depth", "resume", "overwrite") else f"--{name}"
             )
         try:
             (program.main if program else sample_main)([*flags, "--device=cpu"])

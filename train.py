@@ -44,9 +44,7 @@ def option(default, help, choices=None):
 
 @dataclass
 class TrainConfig:
-    preset: str | None = option(
-        None, "sizes to start from (default: gpu on cuda and mps, else cpu)", ("cpu", "gpu")
-    )
+    preset: str | None = option(None, "sizes to start from (default: gpu on cuda and mps, else cpu)", ("cpu", "gpu"))
     data: str = option("data/stdlib", "folder that prepare_data.py wrote")
     out: str = option("out/mod", "folder for ckpt.pt and log.jsonl")
     steps: int | None = option(None, "optimizer steps (default: by preset)")
@@ -54,12 +52,8 @@ class TrainConfig:
     capacity: float = option(0.125, "share of a sequence that a routed block takes; 1 is the dense baseline")
     route_every: int = option(2, "every N-th block is routed")
     routing: str = option("topk", "random is the control: a choice blind to the router", ("topk", "random"))
-    causal: str = option(
-        "predictor", "who chooses without the future, when sampling", ("predictor", "router")
-    )
-    gate: str = option(
-        "sigmoid", "what scales a routed block's output; raw is the paper's", ("sigmoid", "raw")
-    )
+    causal: str = option("predictor", "who chooses without the future, when sampling", ("predictor", "router"))
+    gate: str = option("sigmoid", "what scales a routed block's output; raw is the paper's", ("sigmoid", "raw"))
     n_layer: int | None = option(None, "blocks, routed ones included (default: by preset)")
     n_head: int | None = option(None, "attention heads (default: by preset)")
     n_embd: int | None = option(None, "width (default: by preset)")
@@ -70,9 +64,7 @@ class TrainConfig:
     router_lr_scale: float = option(0.1, "the routers' learning rate, as a part of the body's")
     weight_decay: float = option(0.1, "AdamW's, on matrices")
     seed: int = option(0, "of initialisation and batches")
-    eval_interval: int | None = option(
-        None, "steps between evaluations, each saved (default: a tenth of the run)"
-    )
+    eval_interval: int | None = option(None, "steps between evaluations, each saved (default: a tenth of the run)")
     device: str | None = option(None, "cuda, mps or cpu (default: the best there is)")
     dtype: str | None = option(
         None, "of matrix products (default: bfloat16 on cuda, else float32)", ("float32", "bfloat16")
@@ -98,6 +90,13 @@ def step_seed(seed, step):
 def windows(data, starts, length):
     """Tokens (len(starts), length), int64, of data from each start on."""
     return torch.from_numpy(np.stack([data[i : i + length] for i in starts]).astype(np.int64))
+
+
+def spread_windows(data, block_size, tokens):
+    """About that many tokens of data and the one after each, evenly spread over it: (N, block_size + 1), int64."""
+    n = max(1, min(tokens, len(data) - 1) // block_size)
+    starts = np.linspace(0, len(data) - 1 - block_size, n).astype(int)
+    return windows(data, starts, block_size + 1)
 
 
 def get_batch(data, block_size, batch_size, seed, step):
@@ -136,9 +135,8 @@ def evaluate(model, data, tokens, autocast):
     Returns val_topk, val_causal, val_skip (every routed block skipped) in nats per token, and per routed
     block: agree (causal decision equals top-k's), recall (of the taken tokens), share (taken causally).
     """
-    device, size = model.embedding.weight.device, model.config.block_size
-    n_windows = max(1, min(tokens, len(data) - 1) // size)
-    starts = np.linspace(0, len(data) - 1 - size, n_windows).astype(int)
+    size = model.config.block_size
+    text = spread_windows(data, size, tokens)
     torch.manual_seed(0)  # random routing draws its noise here
     ways = {
         "val_topk": {},
@@ -146,12 +144,12 @@ def evaluate(model, data, tokens, autocast):
         "val_skip": {"causal": True, "threshold": math.inf},
     }
     sums, routing = dict.fromkeys(ways, 0.0), []
-    for chunk in np.array_split(starts, math.ceil(n_windows / 16)):
-        batch = windows(data, chunk, size + 1).to(device)
+    for batch in text.split(16):
+        batch = batch.to(model.rope.device)
         for way, options in ways.items():
             with autocast():
                 _, loss, route = model(batch[:, :-1], batch[:, 1:], **options)
-            sums[way] += loss.item() * len(chunk)
+            sums[way] += loss.item() * len(batch)
             if route is None:  # dense: one forward says it all
                 sums = dict.fromkeys(ways, sums[way])
                 break
@@ -160,12 +158,12 @@ def evaluate(model, data, tokens, autocast):
                 counts = [agree.sum((1, 2)), hit.sum((1, 2)), route.taken.sum((1, 2))]
             elif way == "val_causal":
                 routing.append(torch.stack([*counts, route.taken.sum((1, 2))]))
-    result = {way: total / n_windows for way, total in sums.items()}
+    result = {way: total / len(text) for way, total in sums.items()}
     if routing:
         agree, hit, taken, causal = torch.stack(routing).sum(0).double()
-        result["agree"] = (agree / (n_windows * size)).tolist()
+        result["agree"] = (agree / text[:, 1:].numel()).tolist()
         result["recall"] = (hit / taken).tolist()
-        result["share"] = (causal / (n_windows * size)).tolist()
+        result["share"] = (causal / text[:, 1:].numel()).tolist()
     return result
 
 
@@ -251,14 +249,8 @@ def check(config, world):
         raise UserError(f"--seed {config.seed} must be from 0 to 2**31 - 1")
     if config.steps is not None and config.flops is not None:
         raise UserError("--steps and --flops are two budgets; give one of them")
-    if (
-        config.compile
-        and config.device == "cpu"
-        and not any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
-    ):
-        raise UserError(
-            "--compile on a CPU needs a C++ compiler, and there is none on the PATH; leave it out"
-        )
+    if config.compile and config.device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        raise UserError("--compile on a CPU needs a C++ compiler, and there is none on the PATH; leave it out")
     if config.batch_size % (world * config.accumulate):
         raise UserError(
             f"--batch_size {config.batch_size} doesn't divide into {world} device(s) x --accumulate {config.accumulate}"
@@ -275,9 +267,7 @@ def report(result, steps, bytes_per_token):
         f"val causal {result['val_causal']:.4f} ({bits:.3f} bits per byte)"
     )
     if "agree" in result:
-        percent = {
-            name: "/".join(f"{100 * x:.0f}" for x in result[name]) for name in ("agree", "recall", "share")
-        }
+        percent = {name: "/".join(f"{100 * x:.0f}" for x in result[name]) for name in ("agree", "recall", "share")}
         line += (
             f" top-k {result['val_topk']:.4f}  agree {percent['agree']} recall {percent['recall']} "
             f"share {percent['share']} %"
@@ -308,9 +298,7 @@ def train(config):
     if config.resume:
         model, checkpoint = load_checkpoint(out, device)
     elif (out / "ckpt.pt").exists() and not config.overwrite:
-        raise UserError(
-            f"{out} holds a run; go on with --resume, replace it with --overwrite, or name another --out"
-        )
+        raise UserError(f"{out} holds a run; go on with --resume, replace it with --overwrite, or name another --out")
     train_data, val_data, meta = load_data(config.data)
     if checkpoint and checkpoint["meta"] != meta:
         raise UserError(
@@ -409,9 +397,7 @@ def train(config):
             "loss_count": loss_count,
             "seconds": spent + time.perf_counter() - start,
         }
-        whole = (
-            io.BytesIO()
-        )  # written straight to a full disk, torch.save would hide the OSError that says so
+        whole = io.BytesIO()  # written straight to a full disk, torch.save would hide the OSError that says so
         torch.save(checkpoint, whole)
         with write_atomic(out / "ckpt.pt") as file:
             file.write(whole.getbuffer())
@@ -426,9 +412,7 @@ def train(config):
     dense_flops = dataclasses.replace(model_config, capacity=1.0).flops_per_token(config.block_size)
     relative = model_config.flops_per_token(config.block_size) / dense_flops
     say(f"{device}, {config.dtype}, torch {torch.__version__}, {'compiled' if config.compile else 'eager'}")
-    say(
-        " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items() if value is not None)
-    )
+    say(" ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items() if value is not None))
     say(
         f"{n_params:,} parameters; {steps:,} steps of {tokens_per_step:,} tokens, {steps * flops_per_step:.3g} "
         f"training FLOPs; a token costs {relative:.2f} of what a dense model of this shape spends on it"
@@ -457,9 +441,7 @@ def train(config):
                 group["lr"] = rate * group["scale"]
             x, y = get_batch(train_data, config.block_size, config.batch_size, config.seed, step)
             x, y = x[part].to(device), y[part].to(device)
-            torch.manual_seed(
-                (config.seed << 32) + step
-            )  # for random routing: the noise too is the step's own
+            torch.manual_seed((config.seed << 32) + step)  # for random routing: the noise too is the step's own
             for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate), strict=True):
                 with autocast():
                     _, loss, route = network(x_part, y_part)
@@ -483,9 +465,7 @@ def train(config):
                 result["choice_loss"] = learned_choice
             if main_process:
                 model.eval()
-                result |= evaluate(
-                    model, val_data, EVAL_TOKENS if step < steps else FINAL_EVAL_TOKENS, autocast
-                )
+                result |= evaluate(model, val_data, EVAL_TOKENS if step < steps else FINAL_EVAL_TOKENS, autocast)
                 model.train()
                 finite([result["val_topk"], result["val_causal"]], step - eval_interval, step)
                 elapsed = spent + time.perf_counter() - start
@@ -544,9 +524,7 @@ def summarize(config, result):
 
 
 def main(argv):
-    parser = make_parser(
-        TrainConfig, "Train a Mixture-of-Depths model, or its dense baseline (--capacity 1)."
-    )
+    parser = make_parser(TrainConfig, "Train a Mixture-of-Depths model, or its dense baseline (--capacity 1).")
     unset = object()
     namespace = Namespace(**{f.name: unset for f in dataclasses.fields(TrainConfig)})
     given = {name: v for name, v in vars(parser.parse_args(argv, namespace)).items() if v is not unset}

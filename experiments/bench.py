@@ -33,9 +33,7 @@ def random_model(config, device):
     for p in model.parameters():
         if p.dim() == 2:
             p.normal_(std=p.size(-1) ** -0.5)
-    idx = torch.randint(
-        config.vocab_size, (max(1, 2048 // config.block_size), config.block_size), device=device
-    )
+    idx = torch.randint(config.vocab_size, (max(1, 2048 // config.block_size), config.block_size), device=device)
     routed = [block for block in model.blocks if isinstance(block, RoutedBlock)]
     for i, block in enumerate(routed):  # in order, since the later ones see what the earlier ones do
         logit = model(idx, causal=True)[2].logit[i]
@@ -47,9 +45,7 @@ def main(argv):
     parser = argparse.ArgumentParser(description="Sampling speed over widths, batch sizes and contexts.")
     parser.add_argument("--n_embd", type=int, nargs="+", default=[128, 256, 512, 768], help="multiples of 64")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument(
-        "--context", type=int, nargs="+", default=[128, 1024], help="length of the text at the end"
-    )
+    parser.add_argument("--context", type=int, nargs="+", default=[128, 1024], help="length of the text at the end")
     parser.add_argument("--n_layer", type=int, default=8)
     parser.add_argument("--num_tokens", type=int, default=64, help="steps timed in each of the rounds")
     parser.add_argument("--rounds", type=int, default=5)

@@ -10,7 +10,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -18,18 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from prepare_data import load_data, run  # noqa: E402
-from train import load_checkpoint, windows  # noqa: E402
+from train import load_checkpoint, spread_windows  # noqa: E402
 
 
 @torch.no_grad()
-def losses(model, data, n_windows=64):
+def losses(model, data, tokens=2**13):
     """Causal loss, nats per token, on the first and the second reading of the same half context."""
     half = model.config.block_size // 2
-    starts = np.linspace(0, len(data) - half, n_windows).astype(int)
-    text = windows(data, starts, half)
+    text = spread_windows(data, half - 1, tokens)
     twice = torch.cat((text, text), dim=1)
     logits = model(twice[:, :-1], causal=True)[0]
-    loss = F.cross_entropy(logits.flatten(0, 1), twice[:, 1:].flatten(), reduction="none").view(n_windows, -1)
+    loss = F.cross_entropy(logits.flatten(0, 1), twice[:, 1:].flatten(), reduction="none").view(len(text), -1)
     first = slice(0, half - 1)
     second = slice(half + 8, None)  # after a few tokens by which the place can be known
     return loss[:, first].mean().item(), loss[:, second].mean().item()

@@ -88,9 +88,7 @@ def plot(rows):
                 continue
             mean = {k: sum(float(r["val_causal"]) for r in rs) / len(rs) for k, rs in runs.items()}
             curve = sorted((int(rs[0]["params"]), mean[k]) for k, rs in runs.items())
-            left.plot(
-                *zip(*curve, strict=True), style, color=color, alpha=0.8, label=f"{family}, {budget:.0e}"
-            )
+            left.plot(*zip(*curve, strict=True), style, color=color, alpha=0.8, label=f"{family}, {budget:.0e}")
             # The lowest among the configurations that were confirmed with the most seeds.
             seeds = max(map(len, runs.values()))
             best = min((k for k in runs if len(runs[k]) == seeds), key=mean.get)

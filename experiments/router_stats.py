@@ -15,7 +15,6 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from mod import Route, RoutedBlock  # noqa: E402
 from prepare_data import UserError, load_data, run  # noqa: E402
-from train import EVAL_TOKENS, load_checkpoint  # noqa: E402
+from train import EVAL_TOKENS, load_checkpoint, spread_windows  # noqa: E402
 
 KINDS = {  # of bytes: the first pattern that matches
     "newline": r"\n",
@@ -60,8 +59,7 @@ def load(out, T=None):
         raise UserError(f"{out} was not trained on the bytes that are in {checkpoint['train']['data']} now")
     if model.config.block_size < T:
         raise UserError(f"{out} has a context of {model.config.block_size}, less than the other's {T}")
-    starts = np.linspace(0, len(data) - 1 - T, max(1, min(EVAL_TOKENS, len(data) - 1) // T)).astype(int)
-    batch = torch.from_numpy(np.stack([data[i : i + T + 1] for i in starts]).astype(np.int64))
+    batch = spread_windows(data, T, EVAL_TOKENS)
     return model, batch[:, :-1], batch[:, 1:]
 
 

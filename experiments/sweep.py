@@ -22,9 +22,7 @@ def read_table(path):
 def read_log(out):
     """The lines of a run's log.jsonl, and whether the run has come to its end."""
     path = out / "log.jsonl"
-    lines = (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    )
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     return lines, bool(lines) and lines[-1].get("step") == lines[0]["steps"]
 
 
