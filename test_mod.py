@@ -1624,8 +1624,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run_train, tmp_path, monkeypa
     assert without_clock(parts) == without_clock(whole)
     a, b = load(tmp_path / "whole"), load(tmp_path / "parts")
     assert same_parameters(a["model"], b["model"])
-    for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
-        assert same_parameters(x, y)
+    for x, y in zip(a["optimizers"], b["optimizers"], strict=True):
+        for p, q in zip(x["state"].values(), y["state"].values(), strict=True):
+            assert same_parameters(p, q)
 
 
 def test_losses_do_not_depend_on_how_often_one_evaluates(run_train, tmp_path):
@@ -1637,7 +1638,8 @@ def test_losses_do_not_depend_on_how_often_one_evaluates(run_train, tmp_path):
 def test_log_lines_say_what_they_promise(run_train):
     header, *lines = run_train("--steps=10", "--eval_interval=5")
     assert header["model"]["n_embd"] == 16 and header["params"] > 0
-    flops = 3 * mod.MoDConfig(**header["model"]).flops_per_token(32) * 32 * 4
+    config = mod.MoDConfig(**header["model"])
+    flops = 3 * config.flops_per_token(32) * 32 * 4 + train.step_flops(MoD(config), tokens=0)
     for line, step in zip(lines, (5, 10), strict=True):
         assert line["step"] == step and line["flops"] == pytest.approx(step * flops)
         assert {"loss", "val_topk", "val_causal", "val_skip", "timing"} < line.keys()
@@ -1654,8 +1656,7 @@ def test_a_dense_run_has_one_validation_loss(run_train, flags):
 
 
 def test_a_flops_budget_is_kept(run_train):
-    header = run_train("--steps=1", name="one")[0]
-    per_step = 3 * mod.MoDConfig(**header["model"]).flops_per_token(32) * 32 * 4
+    per_step = run_train("--steps=1", name="one")[-1]["flops"]
     last = run_train(f"--flops={7.9 * per_step}", name="seven")[-1]
     assert last["step"] == 7 and last["flops"] == pytest.approx(7 * per_step)
 
@@ -1688,17 +1689,33 @@ def test_batches_are_fixed_by_seed_and_step():
     assert starts == {0, 1}  # the last window, which ends with the last token, is drawn too
 
 
-def test_parameter_groups_and_schedule():
+def test_optimizers_and_schedule():
     model = mod.MoD(mod.MoDConfig(n_layer=4, n_embd=16, n_head=2))
-    groups = train.param_groups(model, router_lr_scale=0.1, weight_decay=0.3)
+    muon, adamw = train.make_optimizers(model, router_lr_scale=0.1, weight_decay=0.3)
+    groups = [*muon.param_groups, *adamw.param_groups]
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(map(id, model.parameters()))
+    blocks = [getattr(block, "block", block) for block in model.blocks]
+    matrices = [p for block in blocks for p in block.parameters()]
+    assert {id(p) for p in muon.param_groups[0]["params"]} == set(map(id, matrices)) and len(matrices) == 16
     routers = [block.router.weight for block in model.blocks if isinstance(block, mod.RoutedBlock)]
     assert [group["scale"] for group in groups if group["params"][0] is routers[0]] == [0.1]
     assert all(p.dim() >= 2 for group in groups for p in group["params"] if group["weight_decay"])
     rates = [train.learning_rate(step, 1000, 1.0) for step in range(1000)]
     assert rates[0] == pytest.approx(1 / 20) and max(rates) == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.1, abs=0.001) and rates[20:] == sorted(rates[20:], reverse=True)
+
+
+@pytest.mark.parametrize("capacity", [0.25, 1])
+def test_muon_costs_what_the_formula_says(capacity):
+    """Against torch's own counter: what a FLOPs budget would otherwise not see, and MoD has more of than dense."""
+    model = mod.MoD(mod.MoDConfig(**{**SMALL, "capacity": capacity}))
+    muon, _ = train.make_optimizers(model, 0.1, 0.1)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    with FlopCounterMode(display=False) as counter:
+        muon.step()
+    assert counter.get_total_flops() == train.step_flops(model, tokens=0)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(run_train, tmp_path, monkeypatch):

@@ -107,16 +107,35 @@ def get_batch(data, block_size, batch_size, seed, step):
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def param_groups(model, router_lr_scale, weight_decay):
-    """AdamW groups; "scale" multiplies the scheduled learning rate. The routers learn slower: see README."""
+BLOCK_MATRICES = ("qkv.weight", "out.weight", "up.weight", "down.weight")
+
+
+def make_optimizers(model, router_lr_scale, weight_decay):
+    """Muon for the matrices of the blocks, AdamW for the rest; "scale" multiplies a group's scheduled learning rate.
+
+    README compares it with AdamW for all, and tells why the routers learn slower than the rest.
+    """
     named = dict(model.named_parameters())
+    blocks = [p for name, p in named.items() if name.endswith(BLOCK_MATRICES)]
     router = [p for name, p in named.items() if ".router." in name]
-    rest = [p for name, p in named.items() if ".router." not in name]
-    return [
+    rest = [p for name, p in named.items() if ".router." not in name and not name.endswith(BLOCK_MATRICES)]
+    groups = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay, "scale": 1.0},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "scale": 1.0},
         {"params": router, "weight_decay": 0.0, "scale": router_lr_scale},
     ]
+    fused = next(model.parameters()).device.type in ("cuda", "cpu")
+    return [
+        torch.optim.Muon([{"params": blocks, "scale": 1.0}], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=fused),
+    ]
+
+
+def step_flops(model, tokens):
+    """FLOPs of a training step: 3 x forward, and Muon's five Newton-Schulz iterations, whatever the batch."""
+    shapes = [sorted(p.shape) for name, p in model.named_parameters() if name.endswith(BLOCK_MATRICES)]
+    muon = sum(5 * (4 * m * m * n + 2 * m**3) for m, n in shapes)
+    return 3 * model.config.flops_per_token(model.config.block_size) * tokens + muon
 
 
 def learning_rate(step, steps, peak):
@@ -320,7 +339,7 @@ def train(config):
     model.train()
 
     tokens_per_step = config.batch_size * config.block_size
-    flops_per_step = 3 * model_config.flops_per_token(config.block_size) * tokens_per_step
+    flops_per_step = step_flops(model, tokens_per_step)
     steps = config.steps or int(config.flops // flops_per_step)
     if steps < 1:
         raise UserError(f"--flops {config.flops:.3g} is less than one step, {flops_per_step:.3g}")
@@ -331,16 +350,15 @@ def train(config):
     # would rescale the body's gradient, and the language model would notice that they learn.
     predictors = [p for name, p in model.named_parameters() if ".predictor." in name]
     body = [p for name, p in model.named_parameters() if ".predictor." not in name]
-    fused = device.type in ("cuda", "cpu")
-    groups = param_groups(model, config.router_lr_scale, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
+    optimizers = make_optimizers(model, config.router_lr_scale, config.weight_decay)
     step, spent = 0, 0.0
     loss_sum, loss_count = (
         torch.zeros(2, device=device),
         0,
     )  # language model's and choice's, since the last report
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         step, loss_count, spent = checkpoint["step"], checkpoint["loss_count"], checkpoint["seconds"]
         loss_sum += torch.tensor(checkpoint["loss_sum"], device=device)
         if step >= steps:
@@ -387,7 +405,7 @@ def train(config):
             return
         checkpoint = {
             "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "config": dataclasses.asdict(model_config),
             "train": dataclasses.asdict(config),
             "meta": meta,
@@ -437,7 +455,7 @@ def train(config):
     try:
         while step < steps and not any_rank(stopping):
             rate = learning_rate(step, steps, config.lr)
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = rate * group["scale"]
             x, y = get_batch(train_data, config.block_size, config.batch_size, config.seed, step)
             x, y = x[part].to(device), y[part].to(device)
@@ -450,8 +468,9 @@ def train(config):
                 loss_sum += torch.stack((loss, choice)).detach() / config.accumulate
             torch.nn.utils.clip_grad_norm_(body, 1.0)
             torch.nn.utils.clip_grad_norm_(predictors, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             step, loss_count, timed_tokens = step + 1, loss_count + 1, timed_tokens + tokens_per_step
             if step % eval_interval and step < steps:
                 continue

@@ -95,17 +95,38 @@ def straight_through():
 
 
 def routed_lr(scale):
-    groups = train.param_groups
+    make = train.make_optimizers
 
-    def param_groups(model, router_lr_scale, weight_decay):
-        made = groups(model, router_lr_scale, weight_decay)
-        inside = {id(p) for n, p in model.named_parameters() if ".block." in n}
-        matrices = made[0]["params"]
-        made[0]["params"] = [p for p in matrices if id(p) not in inside]
-        made.append({**made[0], "params": [p for p in matrices if id(p) in inside], "scale": scale})
-        return made
+    def make_optimizers(model, router_lr_scale, weight_decay):
+        muon, adamw = make(model, router_lr_scale, weight_decay)
+        (group,) = muon.param_groups
+        inside = {id(p) for name, p in model.named_parameters() if ".block." in name}
+        matrices = group["params"]
+        group["params"] = [p for p in matrices if id(p) not in inside]
+        muon.add_param_group({**group, "params": [p for p in matrices if id(p) in inside], "scale": scale})
+        return [muon, adamw]
 
-    train.param_groups = param_groups
+    train.make_optimizers = make_optimizers
+
+
+def adamw():
+    """AdamW for all parameters; with it, a step's FLOPs are three times the forward pass's and no more."""
+
+    def make_optimizers(model, router_lr_scale, weight_decay):
+        router = [p for name, p in model.named_parameters() if ".router." in name]
+        matrices = [p for name, p in model.named_parameters() if p.dim() >= 2 and ".router." not in name]
+        biases = [p for p in model.parameters() if p.dim() < 2]
+        groups = [
+            {"params": matrices, "weight_decay": weight_decay, "scale": 1.0},
+            {"params": biases, "weight_decay": 0.0, "scale": 1.0},
+            {"params": router, "weight_decay": 0.0, "scale": router_lr_scale},
+        ]
+        return [torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=True)]
+
+    def step_flops(model, tokens):
+        return 3 * model.config.flops_per_token(model.config.block_size) * tokens
+
+    train.make_optimizers, train.step_flops = make_optimizers, step_flops
 
 
 VARIANTS = {  # name: (flags, patch or None)
@@ -113,6 +134,8 @@ VARIANTS = {  # name: (flags, patch or None)
     "dense_half": ({"capacity": 1, "n_layer": 4}, None),  # what is left without the routed blocks
     "dense_full": ({"capacity": 1}, None),
     "random": ({"routing": "random"}, None),
+    "adamw": ({}, adamw),
+    "adamw_dense_half": ({"capacity": 1, "n_layer": 4}, adamw),
     "detached": ({}, detached),
     "noise_30_centred": ({}, lambda: (noise_until(0.3), centred())),
     "centred": ({}, centred),

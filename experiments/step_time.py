@@ -22,15 +22,15 @@ sys.path.insert(0, str(ROOT))
 from mod import MoD, MoDConfig, choice_loss  # noqa: E402
 from prepare_data import run, write_atomic  # noqa: E402
 from sample import device_name, synchronize  # noqa: E402
-from train import param_groups, pick_device  # noqa: E402
+from train import make_optimizers, pick_device, step_flops  # noqa: E402
 
 
 def stepper(config, batch_size, device, compiled):
-    """A function that does one training step on random tokens and returns its seconds."""
+    """A function that does one training step on random tokens and returns its seconds; and the step's FLOPs."""
     torch.manual_seed(0)
     model = MoD(config).to(device)
     network = torch.compile(model, fullgraph=True) if compiled else model
-    optimizer = torch.optim.AdamW(param_groups(model, 0.1, 0.1), lr=1e-3, fused=True)
+    optimizers = make_optimizers(model, 0.1, 0.1)
     idx = torch.randint(config.vocab_size, (batch_size, config.block_size), device=device)
     bf16 = device.type == "cuda"
 
@@ -41,12 +41,13 @@ def stepper(config, batch_size, device, compiled):
             _, loss, route = network(idx, idx)
         (loss if route is None else loss + choice_loss(route)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         synchronize(device)
         return time.perf_counter() - start
 
-    return step
+    return step, step_flops(model, idx.numel())
 
 
 def main(argv):
@@ -64,10 +65,10 @@ def main(argv):
     for n_embd in args.n_embd:
         shape = dict(n_embd=n_embd, n_head=n_embd // 64, n_layer=args.n_layer, block_size=args.block_size)
         configs = [MoDConfig(**shape), MoDConfig(**shape, capacity=1.0)]
-        steps = [stepper(config, args.batch_size, device, args.compile) for config in configs]
+        steppers = [stepper(config, args.batch_size, device, args.compile) for config in configs]
+        steps, (flops, dense_flops) = zip(*steppers, strict=True)
         times = [[step() for step in steps] for _ in range(args.rounds + 2)][2:]  # the first are not counted
         ratio = statistics.median(mod / dense for mod, dense in times)
-        flops = configs[0].flops_per_token(args.block_size) / configs[1].flops_per_token(args.block_size)
         rows.append(
             {
                 "device": device_name(device),
@@ -78,13 +79,14 @@ def main(argv):
                 "mod_s": statistics.median(mod for mod, _ in times),
                 "dense_s": statistics.median(dense for _, dense in times),
                 "ratio": ratio,
-                "flops_ratio": flops,
+                "flops_ratio": flops / dense_flops,
             }
         )
         row = rows[-1]
         print(
             f"{row['device']}: {n_embd} wide, {row['tokens']} tokens a step: {row['mod_s']:.3f} s, dense "
-            f"{row['dense_s']:.3f} s; ratio {ratio:.3f}, of FLOPs {flops:.3f}, {ratio / flops:.3f} x"
+            f"{row['dense_s']:.3f} s; ratio {ratio:.3f}, of FLOPs {row['flops_ratio']:.3f}, "
+            f"{ratio / row['flops_ratio']:.3f} x"
         )
     with write_atomic(ROOT / "assets" / "step_time.json") as file:
         file.write(json.dumps({"rows": rows}, indent=2).encode() + b"\n")
