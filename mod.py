@@ -107,7 +107,7 @@ class MoDConfig:
 
 
 def norm(x):
-    return F.rms_norm(x, (x.size(-1),))  # no gain: the matrix that follows can learn it
+    return F.layer_norm(x, (x.size(-1),))  # no gain and no bias: the matrix that follows can do without
 
 
 def rotary_table(block_size, head_size):

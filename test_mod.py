@@ -162,8 +162,9 @@ def gelu(x):
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def rms(x):
-    return x / (x.square().mean(-1, keepdim=True) + 1e-7).sqrt()
+def standard(x):
+    x = x - x.mean(dim=-1, keepdim=True)
+    return x / (x.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
 
 
 def turn(x, position):
@@ -179,23 +180,23 @@ def dense_reference(model, idx):
     W = {name: p.detach().double() for name, p in model.named_parameters()}
     B, T = idx.shape
     mask = torch.full((T, T), -torch.inf).double().triu(1)
-    x = rms(W["embedding.weight"][idx])
+    x = standard(W["embedding.weight"][idx])
     for i in range(model.config.n_layer):
-        qkv = rms(x) @ W[f"blocks.{i}.attention.qkv.weight"].T
+        qkv = standard(x) @ W[f"blocks.{i}.attention.qkv.weight"].T
         q, k, v = (y.view(B, T, model.config.n_head, -1).transpose(1, 2) for y in qkv.chunk(3, dim=-1))
         q, k = turn(q, range(T)), turn(k, range(T))
         p = (q @ k.transpose(-1, -2) / math.sqrt(q.size(-1)) + mask).exp()
         y = (p / p.sum(-1, keepdim=True) @ v).transpose(1, 2).reshape(B, T, -1)
         x = x + y @ W[f"blocks.{i}.attention.out.weight"].T
-        x = x + gelu(rms(x) @ W[f"blocks.{i}.up.weight"].T) @ W[f"blocks.{i}.down.weight"].T
-    return rms(x) @ W["head.weight"].T
+        x = x + gelu(standard(x) @ W[f"blocks.{i}.up.weight"].T) @ W[f"blocks.{i}.down.weight"].T
+    return standard(x) @ W["head.weight"].T
 
 
 def block_reference(W, prefix, x, position, H):
     """What a block adds to each of a list of tokens, found token by token and head by head."""
     deltas, keys, values = [], [], []
     for x_i, position_i in zip(x, position, strict=True):
-        q, k, v = (W[prefix + "attention.qkv.weight"] @ rms(x_i)).view(3, H, 1, -1)
+        q, k, v = (W[prefix + "attention.qkv.weight"] @ standard(x_i)).view(3, H, 1, -1)
         keys.append(turn(k, [position_i]))
         values.append(v)
         heads = []
@@ -204,7 +205,7 @@ def block_reference(W, prefix, x, position, H):
             weight = score.exp() / score.exp().sum()
             heads.append(sum(w * v[h, 0] for w, v in zip(weight, values, strict=True)))
         attended = W[prefix + "attention.out.weight"] @ torch.cat(heads)
-        hidden = gelu(W[prefix + "up.weight"] @ rms(x_i + attended))
+        hidden = gelu(W[prefix + "up.weight"] @ standard(x_i + attended))
         deltas.append(attended + W[prefix + "down.weight"] @ hidden)
     return deltas
 
@@ -219,16 +220,16 @@ def mod_reference(model, idx, decide):
     W = {name: p.detach().double() for name, p in model.named_parameters()}
     logits, taken = [], torch.zeros(len(routed_blocks(model)), *idx.shape, dtype=torch.bool)
     for b, row in enumerate(idx):
-        x = [rms(W["embedding.weight"][token]) for token in row]
+        x = [standard(W["embedding.weight"][token]) for token in row]
         layer = 0
         for i in range(c.n_layer):
             prefix, chosen, gate = f"blocks.{i}.", list(range(len(x))), [1] * len(x)
             if (i + 1) % c.route_every == 0:
-                r = [(W[prefix + "router.weight"] @ rms(x_t)).item() for x_t in x]
+                r = [(W[prefix + "router.weight"] @ standard(x_t)).item() for x_t in x]
                 logit = r
                 if prefix + "predictor.0.weight" in W:
                     w0, b0, w2, b2 = (W[f"{prefix}predictor.{n}"] for n in ("0.weight", "0.bias", "2.weight", "2.bias"))
-                    logit = [(w2 @ gelu(w0 @ rms(x_t) + b0) + b2).item() for x_t in x]
+                    logit = [(w2 @ gelu(w0 @ standard(x_t) + b0) + b2).item() for x_t in x]
                 chosen = decide(layer, b, r, logit)
                 gate = r if c.gate == "raw" else [1 / (1 + math.exp(-r_t)) for r_t in r]
                 taken[layer, b, chosen] = True
@@ -236,7 +237,7 @@ def mod_reference(model, idx, decide):
             deltas = block_reference(W, prefix, [x[t] for t in chosen], chosen, c.n_head)
             for t, delta in zip(chosen, deltas, strict=True):
                 x[t] = x[t] + gate[t] * delta
-        logits.append(torch.stack([W["head.weight"] @ rms(x_t) for x_t in x]))
+        logits.append(torch.stack([W["head.weight"] @ standard(x_t) for x_t in x]))
     return torch.stack(logits), taken
 
 
@@ -340,7 +341,7 @@ def test_a_block_that_changes_nothing_leaves_the_residual_stream_as_it_is(causal
     idx = tokens(3, 24)
     logits, _, route = model(idx, causal=causal)
     assert route.taken.any()
-    close(logits, model.head(rms(rms(model.embedding.weight[idx]))), atol=1e-5)
+    close(logits, model.head(standard(standard(model.embedding.weight[idx]))), atol=1e-5)
 
 
 def test_attention_among_the_taken_is_causal_in_time_not_in_score():
@@ -776,7 +777,7 @@ def test_a_new_model_is_the_identity_and_says_nothing():
     _, loss, route = model(tokens(3, 24), tokens(3, 24, seed=1))
     close(loss, torch.tensor(math.log(29)), atol=1e-5)
     model.head.weight.data.normal_()
-    close(model(tokens(3, 24))[0], model.head(rms(rms(model.embedding.weight[tokens(3, 24)]))), atol=1e-5)
+    close(model(tokens(3, 24))[0], model.head(standard(standard(model.embedding.weight[tokens(3, 24)]))), atol=1e-5)
     assert (route.weight.std(-1) > 0.1).all()  # routers don't start with ties
 
 

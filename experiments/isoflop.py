@@ -21,10 +21,11 @@ from experiments.sweep import read_table, sweep  # noqa: E402
 
 TABLE = ROOT / "assets" / "isoflop.csv"
 FAMILIES = {"dense": ["--capacity=1"], "mod": [], "random": ["--routing=random"]}
+DENSE = ["3x48", "4x48", "3x64", "4x64", "6x64", "3x96", "4x96"]
 SHAPES = {  # a MoD model of 2N blocks costs about what its N unrouted blocks cost, so it is swept at twice the depth
-    "dense": ["2x64", "3x64", "4x64", "6x64", "3x48", "4x48", "3x96", "4x96"],
-    "mod": ["4x64", "6x64", "8x64", "12x64", "6x48", "8x48", "6x96", "8x96"],
-    "random": ["4x64", "6x64", "8x64", "12x64", "6x48", "8x48", "6x96", "8x96"],
+    "dense": DENSE,
+    "mod": [f"{2 * int(shape[0])}{shape[1:]}" for shape in DENSE],
+    "random": [f"{2 * int(shape[0])}{shape[1:]}" for shape in DENSE],
 }
 COLORS = {"dense": "#4477aa", "mod": "#cc3311", "random": "#999933"}
 
@@ -44,7 +45,7 @@ def job(family, budget, shape, seed, batch_size, lr):
         "out": out,
         "command": [
             "train.py", "--preset=cpu", *FAMILIES[family], f"--n_layer={layers}", f"--n_embd={width}",
-            f"--n_head={max(1, width // 32)}", f"--batch_size={batch_size}", f"--lr={lr}", f"--seed={seed}",
+            f"--n_head={max(2, width // 32)}", f"--batch_size={batch_size}", f"--lr={lr}", f"--seed={seed}",
             f"--flops={budget}", f"--out={out}",
         ],
     }  # fmt: skip
