@@ -1673,10 +1673,12 @@ def test_the_body_does_not_feel_the_predictor(run_train, tmp_path, monkeypatch):
 
 
 def test_accumulation_changes_nothing(run_train, tmp_path):
-    run_train("--steps=6", name="whole")
-    run_train("--steps=6", "--accumulate=4", name="parts")
+    """But rounding, which Muon, in bfloat16, makes visible after some steps."""
+    whole = run_train("--steps=2", name="whole")[-1]
+    parts = run_train("--steps=2", "--accumulate=4", name="parts")[-1]
+    assert parts["loss"] == pytest.approx(whole["loss"]) and parts["choice_loss"] == pytest.approx(whole["choice_loss"])
     a, b = load(tmp_path / "whole")["model"], load(tmp_path / "parts")["model"]
-    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
 
 
 def test_batches_are_fixed_by_seed_and_step():
