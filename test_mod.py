@@ -37,6 +37,7 @@ import pytest
 import tiktoken
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -1735,6 +1736,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(run_train, tm
         train.main(["--resume", "--steps=20", f"--out={tmp_path / 'run'}"])
     after = load(tmp_path / "run")
     assert after["step"] == 10 and same_parameters(before["model"], after["model"])
+
+
+@pytest.mark.slow
+def test_a_compiled_run_compiles_once_and_learns_what_an_eager_one_does(run_train):
+    """Over steps, evaluations between them, and top-k routing of other tokens each time."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        pytest.skip("inductor needs a C++ compiler")
+    torch._dynamo.reset()
+    counters.clear()
+    flags = ["--steps=8", "--eval_interval=2"]
+    compiled = run_train(*flags, "--compile", name="compiled")
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    torch._dynamo.reset()
+    eager = run_train(*flags, "--no-compile", name="eager")
+    for a, b in zip(compiled[1:], eager[1:], strict=True):
+        for name in ("loss", "val_topk", "val_causal"):
+            assert a[name] == pytest.approx(b[name], rel=1e-2)
 
 
 def test_checkpoints_of_a_compiled_run_are_clean(run_train, tmp_path, monkeypatch):
