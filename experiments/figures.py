@@ -7,10 +7,12 @@ routing_map   which routed block processes which byte of a piece of validation t
 histograms    router weight and predictor probability of tokens that top-k takes, against the others
 curves        loss of dense, MoD and random routing against training FLOPs and wall-clock
 spending      what the routed blocks process: by kind of byte, position, and loss
+dial          causal loss against FLOPs per token, over --threshold of sample.py
 bench         sampling speed and cache size, from bench.json
 ablations     the loss of each variant of the recipe, from ablations.csv
 
-"Processed" means causally, as when sampling; "taken" by top-k. The first, second and fourth need a byte-level run.
+"Processed" means causally, as when sampling; "taken" by top-k. All but the last two
+and curves need a byte-level run.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from experiments.isoflop import COLORS  # noqa: E402
 from experiments.router_stats import KINDS, kinds_of, load, look  # noqa: E402
 from experiments.sweep import read_table  # noqa: E402
 from prepare_data import UserError, load_data, run  # noqa: E402
+from sample import compute_dial, dense_flops  # noqa: E402
 from train import load_checkpoint  # noqa: E402
 
 INK, GREY, PALE = "#1b1b1b", "#6b6b6b", "#e9e9e9"
@@ -198,6 +201,29 @@ def curves(args):
     return figure
 
 
+def dial(args):
+    """One trained model at many thresholds: causal loss against forward FLOPs, as trained in bold."""
+    model, x, y = load(args.mod)
+    rows = compute_dial(model, torch.cat((x, y[:, -1:]), dim=1), [-1e3, -8, -6, -4, -2, 0, 2, 4, 6, 8, 1e3])
+    dense = dense_flops(model.config, x.size(1))
+    figure, axis = plt.subplots(figsize=(6.4, 3.8))
+    flops, losses = [row["flops"] / dense for row in rows], [row["loss"] for row in rows]
+    axis.plot(flops, losses, "o-", ms=4, color=COLORS["mod"])
+    for row, f in zip(rows, flops, strict=True):
+        trained = row["threshold"] == 0
+        name = {-1e3: "every block", 1e3: "no routed block"}.get(row["threshold"], f"{row['threshold']:+.0f}")
+        label = f"--threshold=0, as trained: {row['share']:.1%} taken" if trained else name
+        style = {"weight": "bold", "color": COLORS["mod"]} if trained else {"size": 7, "color": GREY}
+        offset = (10, -12) if trained else (6, 5)
+        axis.annotate(label, (f, row["loss"]), offset, textcoords="offset points", **style)
+        if trained:
+            axis.plot(f, row["loss"], "o", ms=10, color=COLORS["mod"])
+    axis.set(xlabel="forward FLOPs per token, of a dense model's of the same shape", xlim=(None, max(flops) + 0.06))
+    axis.set(ylabel="causal validation loss (nats per byte)", title="The compute dial: one model, many thresholds")
+    axis.margins(y=0.12)
+    return figure
+
+
 def grouped_bars(axis, groups, names, colors, values):
     """Bars side by side in each group, one for each name; values[name][group]. Returns the bars of each name."""
     drawn, width = [], 0.84 / len(names)
@@ -265,7 +291,7 @@ def ablations(args):
     return figure
 
 
-FIGURES = {f.__name__: f for f in (routing_map, histograms, curves, spending, bench, ablations)}
+FIGURES = {f.__name__: f for f in (routing_map, histograms, curves, spending, dial, bench, ablations)}
 NEEDS = {"curves": list(FAMILIES), "bench": ["bench.json"], "ablations": ["ablations.csv"]}  # the others: mod
 
 
