@@ -10,9 +10,10 @@ spending      what the routed blocks process: by kind of byte, position, and los
 dial          causal loss against FLOPs per token, over --threshold of sample.py
 bench         sampling speed and cache size, from bench.json
 ablations     the loss of each variant of the recipe, from ablations.csv
+isoflop       loss against parameters at equal training FLOPs, and the lowest against FLOPs, from isoflop.csv
 
-"Processed" means causally, as when sampling; "taken" by top-k. All but the last two
-and curves need a byte-level run.
+"Processed" means causally, as when sampling; "taken" by top-k. All but curves
+and the last three need a byte-level run.
 """
 
 import argparse
@@ -46,6 +47,7 @@ MADE_BY = {  # the command for an input that is missing
     "random": "python train.py --routing random --flops 2e13 --out {path}",
     "bench.json": "python experiments/bench.py",
     "ablations.csv": "python experiments/ablate.py",
+    "isoflop.csv": "python experiments/isoflop.py",
 }
 
 
@@ -291,8 +293,51 @@ def ablations(args):
     return figure
 
 
-FIGURES = {f.__name__: f for f in (routing_map, histograms, curves, spending, dial, bench, ablations)}
-NEEDS = {"curves": list(FAMILIES), "bench": ["bench.json"], "ablations": ["ablations.csv"]}  # the others: mod
+def isoflop(args):
+    """Causal loss of each shape at each budget, and each family's lowest: the mean over seeds, bars for their range."""
+    runs = defaultdict(list)
+    for row in read_table(args.assets / "isoflop.csv"):
+        key = row["family"], float(row["budget"]), row["shape"], row["batch_size"], row["lr"]
+        runs[key].append((int(row["params"]), float(row["val_causal"])))
+    budgets = sorted({key[1] for key in runs})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
+    for family, name in FAMILIES.items():
+        lowest = []
+        for budget, marker in zip(budgets, "osD^v", strict=False):
+            points = {key: [loss for _, loss in run] for key, run in runs.items() if key[:2] == (family, budget)}
+            if not points:  # not run yet
+                continue
+            mean = {key: np.mean(losses) for key, losses in points.items()}
+            curve = sorted((runs[key][0][0], mean[key]) for key in points)
+            style = {
+                "marker": marker,
+                "ms": 5,
+                "color": COLORS[family],
+                "label": f"{name}, {budget:.0e}".replace("+", ""),
+            }
+            left.plot(*zip(*curve, strict=True), **style)
+            best = min((key for key in points if len(points[key]) == max(map(len, points.values()))), key=mean.get)
+            lowest.append((budget, mean[best], mean[best] - min(points[best]), max(points[best]) - mean[best]))
+        x, y, down, up = zip(*lowest, strict=True)
+        right.errorbar(x, y, yerr=(down, up), marker="o", ms=4, color=COLORS[family], capsize=3, label=name)
+    left.set(
+        xlabel="parameters", ylabel="causal validation loss (nats per byte)", title="Every shape, by training FLOPs"
+    )
+    right.set(xlabel="training FLOPs", xscale="log", title="The lowest of each family, with the range of its seeds")
+    left.legend(fontsize=7, ncols=3)
+    right.legend()
+    for axis in (left, right):
+        axis.grid(color=PALE)
+    return figure
+
+
+FIGURES = {f.__name__: f for f in (routing_map, histograms, curves, spending, dial, bench, ablations, isoflop)}
+NEEDS = {
+    "curves": list(FAMILIES),
+    "bench": ["bench.json"],
+    "ablations": ["ablations.csv"],
+    "isoflop": ["isoflop.csv"],
+}  # the others: mod
 
 
 def main(argv):

@@ -2,7 +2,7 @@
 
     python experiments/isoflop.py --budgets 2e12 6e12 2e13                  the whole sweep, hours on two cores
     python experiments/isoflop.py --budgets 2e12 --families mod --shapes 8x64 --seeds 0 1 2
-    python experiments/isoflop.py --plot                                    assets/isoflop.svg from the table
+    python experiments/figures.py --only isoflop                            assets/isoflop.png from the table
 
 A shape is LAYERSxWIDTH. Every run is a train.py run, resumed where it was stopped, and one line of
 assets/isoflop.csv; runs that stand there are not done again. "best" as the only shape takes each family's
@@ -11,7 +11,6 @@ lowest so far (of seed 0), to confirm it with more seeds.
 
 import argparse
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,42 +71,6 @@ def lowest(rows, family, budget):
     return row["shape"], int(row["batch_size"]), float(row["lr"])
 
 
-def plot(rows):
-    """Loss against parameters, a line per family and budget, and each family's lowest loss against FLOPs."""
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
-    budgets = sorted({float(r["budget"]) for r in rows})
-    for family, color in COLORS.items():
-        points = []
-        for budget, style in zip(budgets, ("o:", "s--", "^-", "D-."), strict=False):
-            runs = defaultdict(list)
-            for r in rows:
-                if r["family"] == family and float(r["budget"]) == budget:
-                    runs[r["shape"], r["batch_size"], r["lr"]].append(r)
-            if not runs:
-                continue
-            mean = {k: sum(float(r["val_causal"]) for r in rs) / len(rs) for k, rs in runs.items()}
-            curve = sorted((int(rs[0]["params"]), mean[k]) for k, rs in runs.items())
-            left.plot(*zip(*curve, strict=True), style, color=color, alpha=0.8, label=f"{family}, {budget:.0e}")
-            # The lowest among the configurations that were confirmed with the most seeds.
-            seeds = max(map(len, runs.values()))
-            best = min((k for k in runs if len(runs[k]) == seeds), key=mean.get)
-            losses = [float(r["val_causal"]) for r in runs[best]]
-            points.append((budget, mean[best], mean[best] - min(losses), max(losses) - mean[best]))
-        if points:
-            x, y, down, up = zip(*points, strict=True)
-            right.errorbar(x, y, yerr=(down, up), marker="o", color=color, capsize=3, label=family)
-    left.set(xlabel="parameters", ylabel="causal validation loss (nats per byte)", xscale="log")
-    left.legend(fontsize=7)
-    right.set(xlabel="training FLOPs", ylabel="lowest causal loss (mean, range of seeds)", xscale="log")
-    right.legend()
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(ROOT / "assets" / "isoflop.svg")
-
-
 def main():
     parser = argparse.ArgumentParser(description="The isoFLOP sweep.")
     parser.add_argument("--budgets", type=float, nargs="+", default=[2e12, 6e12, 2e13], help="training FLOPs")
@@ -117,12 +80,8 @@ def main():
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--plot", action="store_true", help="draw the table instead of running")
     args = parser.parse_args()
     rows = read_table(TABLE)
-    if args.plot:
-        plot(rows)
-        return
     jobs = []
     for budget in args.budgets:
         for seed in args.seeds:
