@@ -32,7 +32,7 @@ from prepare_data import UserError, get_tokenizer, load_data, make_parser, prepa
 
 # None in TrainConfig below is filled in from here. cpu: minutes on two cores. gpu: nanoGPT's baby GPT and a bit.
 PRESETS = {
-    "cpu": dict(n_layer=8, n_head=2, n_embd=64, block_size=256, batch_size=4, lr=4e-3, steps=5500),
+    "cpu": dict(n_layer=8, n_head=2, n_embd=64, block_size=256, batch_size=4, lr=4e-3, steps=5000),
     "gpu": dict(n_layer=12, n_head=6, n_embd=384, block_size=256, batch_size=32, lr=1e-3, steps=10000),
 }
 

@@ -26,10 +26,8 @@ def main(argv):
         text = train.spread_windows(data, model.config.block_size, train.EVAL_TOKENS)
         with torch.no_grad():
             _, route = look(model, text[:, :-1], text[:, 1:])
-        overlap = torch.full((len(route.taken),), torch.nan)
-        if seen:
-            overlap = (route.taken & seen[-1]).sum((1, 2)) / route.taken.sum((1, 2))
         seen.append(route.taken)
+        overlap = (seen[-1] & seen[max(0, len(seen) - 2)]).sum((1, 2)) / seen[-1].sum((1, 2))
         gates = [model.blocks[-1].gate(r[taken]).mean() for r, taken in zip(route.weight, route.taken, strict=True)]
         rows.append((overlap, route.weight.std((1, 2)), gates))
         return evaluate(model, data, tokens, autocast)
@@ -38,7 +36,11 @@ def main(argv):
     train.main(argv)
     header = "evaluation", "kept since the one before, by block", "std of r", "mean gate, taken"
     lines = [
-        (str(i + 1), " / ".join(f"{x:.0%}" for x in overlap), *(" / ".join(f"{x:.2f}" for x in part) for part in rest))
+        (
+            str(i + 1),
+            " / ".join(f"{x:.0%}" for x in overlap) if i else "",
+            *(" / ".join(f"{x:.2f}" for x in part) for part in rest),
+        )
         for i, (overlap, *rest) in enumerate(rows)
     ]
     table("How the choice of the routed blocks changes in training", header, lines)
