@@ -73,6 +73,39 @@ def noise_until(end):
     mod.RoutedBlock.rank = rank
 
 
+def price(nats):
+    """A taken token pays: its r is pushed down as if a gate of 1 cost that much, so that one that gains nothing leaves."""
+    gate = mod.RoutedBlock.gate
+
+    def changed(block, r):
+        if block.training and r.requires_grad:
+            taken = torch.zeros_like(r).scatter(1, r.topk(block.config.k(r.size(1)), dim=1).indices, 1.0)
+            r.register_hook(lambda grad: grad + nats / r.numel() * taken)
+        return gate(block, r)
+
+    mod.RoutedBlock.gate = changed
+
+
+def total_gain(share):
+    """For a share of the taken tokens the output is scaled by a uniform random number, and only these teach the router.
+
+    The gate's usual gradient is the gain at the margin, nothing for a block that has found its scale; over scales from
+    0 to 1 it adds up to the whole gain over being skipped. It is centred over these tokens, so that they compete.
+    """
+
+    def gate(block, r):
+        g = r.sigmoid()
+        if not block.training:
+            return g
+        tried = (torch.rand_like(g) < share).float()
+        taken = torch.zeros_like(r).scatter(1, r.topk(block.config.k(r.size(1)), dim=1).indices, 1.0) * tried
+        mean = (r * taken).sum() / taken.sum().clamp(min=1)
+        lever = (r + (mean.detach() - mean)).sigmoid()
+        return g.detach() * (1 - tried * torch.rand_like(g)) + tried * (lever - lever.detach())
+
+    mod.RoutedBlock.gate = gate
+
+
 def raw_input():
     """The router reads the residual stream itself, not its normalised form. (So does the predictor.)"""
 
@@ -140,6 +173,8 @@ VARIANTS = {  # name: (flags, patch or None)
     "noise_30_centred": ({}, lambda: (noise_until(0.3), centred())),
     "centred": ({}, centred),
     "noise_30": ({}, lambda: noise_until(0.3)),
+    "price_0.01": ({}, lambda: price(0.01)),
+    "total_gain_0.25": ({}, lambda: total_gain(0.25)),
     "straight_through": ({}, straight_through),
     "raw_gate": ({"gate": "raw"}, None),
     "raw_input": ({}, raw_input),
