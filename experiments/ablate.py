@@ -74,7 +74,7 @@ def noise_until(end):
 
 
 def price(nats):
-    """A taken token pays: its r is pushed down as if a gate of 1 cost that much, so that one that gains nothing leaves."""
+    """A taken token pays: its r is pushed down as if a gate of 1 cost that much, so that who gains nothing leaves."""
     gate = mod.RoutedBlock.gate
 
     def changed(block, r):
