@@ -163,9 +163,10 @@ class KVCache:
         length = [self.length[row] for row in rows]
         S = max(length)
         self.reserve(S)
-        if len(rows) == len(self.length) and min(length) == S:  # all rows alike, as in a dense block: no copy
-            self.k[:, :, S - 1 : S], self.v[:, :, S - 1 : S] = k, v
-            return self.k[:, :, :S], self.v[:, :, :S], None
+        if len(rows) == 1 or len(rows) == len(self.length) and min(length) == S:
+            part = slice(rows[0], rows[-1] + 1)  # one row, or all and all alike, as in a dense block: no copy
+            self.k[part, :, S - 1 : S], self.v[part, :, S - 1 : S] = k, v
+            return self.k[part, :, :S], self.v[part, :, :S], None
         idx_R, end_R = torch.tensor([rows, length], device=k.device)
         self.k[idx_R, :, end_R - 1], self.v[idx_R, :, end_R - 1] = k[:, :, 0], v[:, :, 0]
         mask = torch.arange(S, device=k.device) < end_R[:, None]  # (R, S)
