@@ -63,7 +63,9 @@ def main(argv):
         shape = dict(n_layer=args.n_layer, n_head=n_embd // 64, n_embd=n_embd)
         mod = random_model(MoDConfig(block_size=args.context, **shape), device)
         dense = dense_twin(mod)
-        gpt2_config = transformers.GPT2Config(vocab_size=257, n_positions=args.context, **shape)
+        gpt2_config = transformers.GPT2Config(
+            vocab_size=257, n_positions=args.context, bos_token_id=None, eos_token_id=None, **shape
+        )
         gpt2 = transformers.GPT2LMHeadModel(gpt2_config).to(device).eval()
         prompt = torch.randint(257, (1, args.context - WARMUP - args.num_tokens), device=device)
         ways = {
