@@ -324,6 +324,8 @@ def isoflop(args):
         xlabel="parameters", ylabel="causal validation loss (nats per byte)", title="Every shape, by training FLOPs"
     )
     right.set(xlabel="training FLOPs", xscale="log", title="The lowest of each family, with the range of its seeds")
+    right.set_xticks(budgets, [f"{budget:.0e}".replace("+", "") for budget in budgets], minor=False)
+    right.set_xticks([], minor=True)
     left.legend(fontsize=7, ncols=3)
     right.legend()
     for axis in (left, right):
