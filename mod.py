@@ -19,13 +19,13 @@ In the paper r_i = w . x_i and gate(r) = r. Here r_i = w . norm(x_i) and the gat
 
 Who is chosen is the only thing that differs between the two modes:
     top-k   compares a token with the whole sequence. k is known beforehand, so every shape is fixed: for training.
-            The loss under top-k has seen the future, though.
-    causal  asks each token alone, through a small predictor of the top-k choice (section 3.5): for sampling, and for
-            an honest loss. A token that is not taken costs a block no more than this question, and leaves nothing
-            in its KV cache.
+            The loss under top-k has seen the future, though: whether a token is taken depends on later ones.
+    causal  asks each token alone, through a small predictor of the top-k choice (section 3.5; or r > 0, the paper's
+            other way): for sampling, and for an honest loss. A token that is not taken costs a block no more than
+            this question, and leaves nothing in its KV cache.
 
 Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary, L routed blocks,
-        k tokens a routed block takes, N the same of a prompt, padded to its longest row,
+        k tokens a routed block takes (causal: the most that a row takes; shorter rows are padded),
         R rows of the batch that take the current token, S keys in the longest of them.
         A suffix names the shape where it matters: idx_BK is (B, k).
 
@@ -107,7 +107,7 @@ class MoDConfig:
 
 
 def norm(x):
-    return F.layer_norm(x, (x.size(-1),))  # no gain and no bias: the matrix that follows can do without
+    return F.layer_norm(x, (x.size(-1),))  # no gain, which the matrix that follows can learn, and no bias
 
 
 def rotary_table(block_size, head_size):
@@ -147,7 +147,7 @@ class KVCache:
             self.k, self.v = F.pad(self.k, padding), F.pad(self.v, padding)
 
     def fill(self, k, v, length):
-        """Take a prompt's keys and values (B, H, N, D); of row b the first length[b] are real, the rest padding.
+        """Take a prompt's keys and values (B, H, k, D); of row b the first length[b] are real, the rest padding.
 
         Padding is never seen: the next token overwrites it or the row's length hides it.
         """
@@ -157,7 +157,8 @@ class KVCache:
         return k, v, None
 
     def append(self, k, v, rows):
-        """Take one token (R, H, 1, D) for each row; return all these rows hold, (R, H, S, D), and who is real."""
+        """Take one token (R, H, 1, D) for each of rows, ascending; return all these rows hold, (R, H, S, D), and a
+        mask (R, 1, 1, S) of what is real, None if all is."""
         for row in rows:
             self.length[row] += 1
         length = [self.length[row] for row in rows]
@@ -244,7 +245,7 @@ class RoutedBlock(nn.Module):
     def score(self, x):
         """For each token of x (B, T, C), by itself: r (section 3.4) and the causal decision's logit, (B, T) each.
 
-        In float32, since bfloat16 makes ties and flips decisions; forward and generate see to autocast.
+        In float32, since bfloat16 makes ties and flips decisions; forward and, for step, generate see to autocast.
         """
         seen = norm(x.float())
         r = self.router(seen).squeeze(-1)
@@ -255,10 +256,10 @@ class RoutedBlock(nn.Module):
         return r if self.config.routing == "topk" else torch.rand_like(r)
 
     def decide(self, seen, r):
-        """The causal decision's logit (B, T). Section 3.5: r itself, trained by choice_loss, or a predictor's."""
+        """The causal decision's logit (B, T). Section 3.5: r itself or a predictor's, either trained by choice_loss."""
         if self.config.routing == "random":
             return torch.rand_like(r) - (1 - self.config.capacity)  # above 0 with probability capacity
-        # The detach: learning to predict must not change the language model.
+        # The detach: a predictor's learning must not change the language model.
         return r if self.predictor is None else self.predictor(seen.detach()).squeeze(-1)
 
     def gate(self, r):
@@ -286,13 +287,13 @@ class RoutedBlock(nn.Module):
 
         gate_BK = (self.gate(r) * taken).gather(1, idx_BK)  # 0 for the padding that causal has
         idx_BKC = idx_BK[..., None].expand(-1, -1, C)
-        rope_BK = rope[:, idx_BK][:, :, None]  # (2, B, 1, k, D): the angles of the tokens' real positions
+        rope_taken = rope[:, idx_BK][:, :, None]  # (2, B, 1, k, D): the angles of the tokens' real positions
         remember = partial(cache.fill, length=count) if cache is not None else None
-        delta_BKC = self.block(x.gather(1, idx_BKC), rope_BK, remember)
+        delta_BKC = self.block(x.gather(1, idx_BKC), rope_taken, remember)
         return x.scatter_add(1, idx_BKC, gate_BK[..., None] * delta_BKC), route
 
     def step(self, x, rope, threshold, cache):
-        """The causal choice for one new token a row, x (B, 1, C), rope (2, 1, D): rows that skip it cost nothing."""
+        """The causal choice for one new token a row, x (B, 1, C), rope (2, 1, D): rows that skip it cost the score."""
         r, logit = self.score(x)
         taken = logit > threshold
         route = Route(taken, r, logit)
@@ -307,7 +308,8 @@ class RoutedBlock(nn.Module):
 def choice_loss(route):
     """What teaches the predictor (or r) to repeat the top-k choice, section 3.5: add it to the cross-entropy.
 
-    The mean binary cross-entropy in nats, for a Route of top-k routing; random routing has nothing to learn.
+    The mean binary cross-entropy in nats, for the Route of a forward that is not causal; random routing has nothing
+    to learn.
     """
     return F.binary_cross_entropy_with_logits(route.logit, route.taken.float())
 
@@ -335,7 +337,7 @@ class MoD(nn.Module):
 
     def forward(self, idx, targets=None, causal=False, threshold=0.0, cache=None, start=0):
         """Tokens idx (B, T) -> logits (B, T, V); mean cross-entropy with targets (B, T) in nats, or None; the Route
-        of all routed blocks, (L, B, T), or None.
+        of all routed blocks, (L, B, T), or None if there are none. choice_loss is left to the training loop.
 
         Top-k routing, unless causal: then a token is taken if its logit exceeds threshold; a higher one spends less.
         A cache (see new_cache) implies causal. With it, idx is a prompt, start 0, or one token more at position
@@ -345,7 +347,7 @@ class MoD(nn.Module):
         causal = causal or cache is not None  # top-k would need the future
         assert cache is None or T == 1 or start == 0, "a prompt needs an empty cache"
         rope = self.rope[:, start : start + T]  # (2, T, D)
-        x = norm(self.embedding(idx))
+        x = norm(self.embedding(idx))  # to unit scale
         routes = []
         for i, block in enumerate(self.blocks):
             kv = cache[i] if cache else None
@@ -377,11 +379,11 @@ class MoD(nn.Module):
 
     @torch.inference_mode()
     def generate(self, idx, num_tokens, temperature=1.0, top_k=None, top_p=None, threshold=0.0):
-        """Continue the prompts idx (B, T), any T >= 1, through the KV cache.
+        """Continue the prompts idx (B, T), any T >= 1 (of a longer one the last block_size), through the KV cache.
 
         Yields, num_tokens times: the new tokens (B, 1); the logits (B, V) they came from; the Route of the tokens
-        fed to get there: the prompt at first, then the last new token; the cache. When the context is full, its
-        second half is fed again, and generation goes on from there.
+        fed to get there: the prompt at first, then the last new token; the cache. When the context is full, the
+        last half of it is fed into a new cache, and generation goes on from there.
         """
         size = self.config.block_size
         text = feed = idx[:, -size:]

@@ -1881,19 +1881,19 @@ def test_two_processes_train_what_one_does(run_train, small_data, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
+def run_dir(tmp_path_factory, small_data):
     """A run's folder with the checkpoint of a redrawn byte-level model that decides both ways; context 24."""
     out = tmp_path_factory.mktemp("run")
     model, _ = decided(vocab_size=257)
-    save_checkpoint(out, model)
+    save_checkpoint(out, model, small_data)
     return out
 
 
-def save_checkpoint(out, model):
+def save_checkpoint(out, model, data="data/nowhere"):
     checkpoint = {
         "model": model.state_dict(),
         "config": dataclasses.asdict(model.config),
-        "train": dataclasses.asdict(TrainConfig()),
+        "train": dataclasses.asdict(TrainConfig(data=str(data))),
         "meta": {"tokenizer": "bytes"},
         "step": 1,
         "flops": 1.0,
