@@ -279,6 +279,15 @@ def synchronize(device):
         getattr(torch, device.type).synchronize()
 
 
+def timed(n, steps, device):
+    """Seconds that the next n of steps take, an iterator, and what they yield, a list."""
+    synchronize(device)
+    start = time.perf_counter()
+    outputs = list(itertools.islice(steps, n))
+    synchronize(device)
+    return time.perf_counter() - start, outputs
+
+
 def bench(model, prompt, num_tokens=64, rounds=5, threshold=0.0):
     """Tokens per second of the four WAYS to continue prompt (B, T), at temperature 1 with a fixed seed.
 
@@ -294,18 +303,11 @@ def bench(model, prompt, num_tokens=64, rounds=5, threshold=0.0):
     models = {"fast": model, "all_blocks": computing_all(model), "dense": dense_twin(model)}
     taken, cache_bytes = [], {}
 
-    def seconds(n, steps):
-        synchronize(device)
-        start = time.perf_counter()
-        outputs = list(itertools.islice(steps, n))
-        synchronize(device)
-        return time.perf_counter() - start, outputs
-
     def measure(way):
         torch.manual_seed(0)
         if way == "topk_forward":
             with torch.inference_mode():
-                return {way: B * T / seconds(1, map(model, [prompt]))[0]}
+                return {way: B * T / timed(1, map(model, [prompt]), device)[0]}
         if way == "no_cache":
             untimed, n = 1, math.ceil(num_tokens / 16)
             text = torch.cat((prompt, prompt[:, :1].expand(-1, num_tokens // 2)), dim=1)
@@ -313,9 +315,9 @@ def bench(model, prompt, num_tokens=64, rounds=5, threshold=0.0):
         else:
             untimed, n = WARMUP, num_tokens
             steps = models[way].generate(prompt, untimed + n, threshold=threshold)
-        prefill, _ = seconds(1, steps)
-        seconds(untimed - 1, steps)
-        generation, outputs = seconds(n, steps)
+        prefill, _ = timed(1, steps, device)
+        timed(untimed - 1, steps, device)
+        generation, outputs = timed(n, steps, device)
         rates = {way: B * n / generation}
         if way != "no_cache":
             rates[f"{way}_prefill"] = B * T / prefill

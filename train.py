@@ -62,7 +62,7 @@ class TrainConfig:
     accumulate: int = option(1, "compute each device's share of the batch in this many parts, to save memory")
     lr: float | None = option(None, "peak learning rate (default: by preset)")
     router_lr_scale: float = option(0.1, "the routers' learning rate, as a part of the body's")
-    weight_decay: float = option(0.1, "AdamW's, on matrices")
+    weight_decay: float = option(0.1, "of matrices")
     seed: int = option(0, "of initialisation and batches")
     eval_interval: int | None = option(None, "steps between evaluations, each saved (default: a tenth of the run)")
     device: str | None = option(None, "cuda, mps or cpu (default: the best there is)")

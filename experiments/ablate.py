@@ -35,6 +35,11 @@ def follow_progress():
     train.learning_rate = learning_rate
 
 
+def taken_of(block, r):
+    """1 where top-k by r takes a token, else 0, (B, T)."""
+    return torch.zeros_like(r).scatter(1, r.topk(block.config.k(r.size(1)), dim=1).indices, 1.0)
+
+
 def detached():
     """The router learns, but its gradient does not reach the residual stream."""
 
@@ -52,7 +57,7 @@ def centred():
 
     def changed(block, r):
         if block.training:
-            taken = torch.zeros_like(r).scatter(1, r.topk(block.config.k(r.size(1)), dim=1).indices, 1.0)
+            taken = taken_of(block, r)
             mean = (r * taken).sum() / taken.sum()
             r = r + (mean.detach() - mean)
         return gate(block, r)
@@ -79,7 +84,7 @@ def price(nats):
 
     def changed(block, r):
         if block.training and r.requires_grad:
-            taken = torch.zeros_like(r).scatter(1, r.topk(block.config.k(r.size(1)), dim=1).indices, 1.0)
+            taken = taken_of(block, r)
             r.register_hook(lambda grad: grad + nats / r.numel() * taken)
         return gate(block, r)
 
@@ -98,7 +103,7 @@ def total_gain(share):
         if not block.training:
             return g
         tried = (torch.rand_like(g) < share).float()
-        taken = torch.zeros_like(r).scatter(1, r.topk(block.config.k(r.size(1)), dim=1).indices, 1.0) * tried
+        taken = taken_of(block, r) * tried
         mean = (r * taken).sum() / taken.sum().clamp(min=1)
         lever = (r + (mean.detach() - mean)).sigmoid()
         return g.detach() * (1 - tried * torch.rand_like(g)) + tried * (lever - lever.detach())
@@ -144,22 +149,16 @@ def routed_lr(scale):
 
 def adamw():
     """AdamW for all parameters; with it, a step's FLOPs are three times the forward pass's and no more."""
+    make, flops = train.make_optimizers, train.step_flops
 
     def make_optimizers(model, router_lr_scale, weight_decay):
-        router = [p for name, p in model.named_parameters() if ".router." in name]
-        matrices = [p for name, p in model.named_parameters() if p.dim() >= 2 and ".router." not in name]
-        biases = [p for p in model.parameters() if p.dim() < 2]
-        groups = [
-            {"params": matrices, "weight_decay": weight_decay, "scale": 1.0},
-            {"params": biases, "weight_decay": 0.0, "scale": 1.0},
-            {"params": router, "weight_decay": 0.0, "scale": router_lr_scale},
-        ]
-        return [torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=True)]
+        muon, adamw = make(model, router_lr_scale, weight_decay)
+        matrices = muon.param_groups[0]["params"]
+        adamw.add_param_group({"params": matrices, "weight_decay": weight_decay, "scale": 1.0})
+        return [adamw]
 
-    def step_flops(model, tokens):
-        return 3 * model.config.flops_per_token(model.config.block_size) * tokens
-
-    train.make_optimizers, train.step_flops = make_optimizers, step_flops
+    train.make_optimizers = make_optimizers
+    train.step_flops = lambda model, tokens: flops(model, tokens) - flops(model, 0)
 
 
 VARIANTS = {  # name: (flags, patch or None)

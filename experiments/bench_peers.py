@@ -11,7 +11,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from experiments.bench import random_model  # noqa: E402
 from mod import MoDConfig  # noqa: E402
 from prepare_data import UserError, run, write_atomic  # noqa: E402
-from sample import WARMUP, dense_twin, device_name, generate_without_cache, synchronize  # noqa: E402
+from sample import WARMUP, dense_twin, device_name, generate_without_cache, timed  # noqa: E402
 from train import pick_device  # noqa: E402
 
 try:
@@ -79,14 +78,8 @@ def main(argv):
         def rate(way, ways=ways):
             steps = ways[way]()
             n = args.num_tokens if "no_cache" not in way else args.num_tokens // 4
-            for _ in range(WARMUP):
-                next(steps)
-            synchronize(device)
-            start = time.perf_counter()
-            for _ in range(n):
-                next(steps)
-            synchronize(device)
-            return n / (time.perf_counter() - start)
+            timed(WARMUP, steps, device)
+            return n / timed(n, steps, device)[0]
 
         rounds = [{way: rate(way) for way in ways} for _ in range(args.rounds + 1)][1:]
         medians = {f"{way}_tok_s": statistics.median(r[way] for r in rounds) for way in ways}
