@@ -323,6 +323,7 @@ class MoD(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.shift = nn.Parameter(torch.zeros(config.n_embd))
         self.blocks = nn.ModuleList(
             RoutedBlock(config) if config.is_routed(i) else Block(config) for i in range(config.n_layer)
         )
@@ -330,7 +331,7 @@ class MoD(nn.Module):
         table = rotary_table(config.block_size, config.n_embd // config.n_head)
         self.register_buffer("rope", table, persistent=False)
         for name, p in self.named_parameters():
-            if name.endswith(("out.weight", "down.weight", "head.weight", "bias")):
+            if name.endswith(("out.weight", "down.weight", "head.weight", "bias", "shift")):
                 nn.init.zeros_(p)  # every block starts as the identity, every token as likely as another
             else:
                 nn.init.normal_(p, std=p.size(-1) ** -0.5)
@@ -340,14 +341,14 @@ class MoD(nn.Module):
         of all routed blocks, (L, B, T), or None if there are none. choice_loss is left to the training loop.
 
         Top-k routing, unless causal: then a token is taken if its logit exceeds threshold; a higher one spends less.
-        A cache (see new_cache) implies causal. With it, idx is a prompt, start 0, or one token more at position
-        start, and the logits are the last position's only.
+        A cache (see new_cache) implies causal. With it, idx is the text so far, of which the cache has seen the first
+        start tokens: none (a prompt) or all but one. T counts the others, and the logits are the last one's only.
         """
-        B, T = idx.shape
         causal = causal or cache is not None  # top-k would need the future
-        assert cache is None or T == 1 or start == 0, "a prompt needs an empty cache"
+        x = self.embed(idx, start)
+        B, T, _ = x.shape
+        assert T == 1 or start == 0, "a prompt needs an empty cache"
         rope = self.rope[:, start : start + T]  # (2, T, D)
-        x = norm(self.embedding(idx))  # to unit scale
         routes = []
         for i, block in enumerate(self.blocks):
             kv = cache[i] if cache else None
@@ -369,6 +370,14 @@ class MoD(nn.Module):
         route = Route(*map(torch.stack, zip(*routes, strict=True))) if routes else None
         return logits, loss, route
 
+    def embed(self, idx, start=0):
+        """The tokens of idx (B, T) from start on, (B, T - start, C): each by itself at unit scale, plus a learned part
+        of the token before it (not in the paper; README tells what it is for)."""
+        x = norm(self.embedding(idx[:, max(0, start - 1) :]))
+        if start == 0:
+            x = F.pad(x, (0, 0, 1, 0))  # nothing is before the first token
+        return x[:, 1:] + self.shift * x[:, :-1]
+
     def new_cache(self, batch):
         """An empty KV cache: one KVCache per block, for batch rows."""
         c, like = self.config, self.embedding.weight
@@ -386,18 +395,18 @@ class MoD(nn.Module):
         last half of it is fed into a new cache, and generation goes on from there.
         """
         size = self.config.block_size
-        text = feed = idx[:, -size:]
+        text = idx[:, -size:]
         cache, start = self.new_cache(len(idx)), 0
         for _ in range(num_tokens):
-            if start == size:
-                feed = text[:, -max(1, size // 2) :]
+            if text.size(1) > size:
+                text = text[:, -max(1, size // 2) :]
                 cache, start = self.new_cache(len(idx)), 0
             with torch.autocast(idx.device.type, enabled=False):  # the cache has the dtype of the weights
-                logits, _, route = self(feed, causal=True, threshold=threshold, cache=cache, start=start)
-            start += feed.size(1)
-            feed = sample(logits[:, -1], temperature, top_k, top_p)
-            text = torch.cat((text[:, -size:], feed), dim=1)
-            yield feed, logits[:, -1], route, cache
+                logits, _, route = self(text, threshold=threshold, cache=cache, start=start)
+            start = text.size(1)
+            token = sample(logits[:, -1], temperature, top_k, top_p)
+            text = torch.cat((text, token), dim=1)
+            yield token, logits[:, -1], route, cache
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None):

@@ -130,11 +130,11 @@ def step_by_step(model, idx, prompt, threshold=0.0):
     """
     cache = model.new_cache(len(idx))
     start, logits, taken = 0, [], []
-    for feed in (idx[:, :prompt], *(idx[:, t : t + 1] for t in range(prompt, idx.size(1)))):
-        out, _, route = model(feed, causal=True, threshold=threshold, cache=cache, start=start)
-        start += feed.size(1)
+    for end in range(prompt, idx.size(1) + 1):
+        out, _, route = model(idx[:, :end], threshold=threshold, cache=cache, start=start)
         logits.append(out)
-        taken.append(route.taken if route else torch.ones(0, *feed.shape, dtype=torch.bool))
+        taken.append(route.taken if route else torch.ones(0, len(idx), end - start, dtype=torch.bool))
+        start = end
     return torch.cat(logits, dim=1), torch.cat(taken, dim=2), cache
 
 
@@ -183,6 +183,7 @@ def dense_reference(model, idx):
     B, T = idx.shape
     mask = torch.full((T, T), -torch.inf).double().triu(1)
     x = standard(W["embedding.weight"][idx])
+    x[:, 1:] += W["shift"] * standard(W["embedding.weight"][idx[:, :-1]])
     for i in range(model.config.n_layer):
         qkv = standard(x) @ W[f"blocks.{i}.attention.qkv.weight"].T
         q, k, v = (y.view(B, T, model.config.n_head, -1).transpose(1, 2) for y in qkv.chunk(3, dim=-1))
@@ -222,7 +223,8 @@ def mod_reference(model, idx, decide):
     W = {name: p.detach().double() for name, p in model.named_parameters()}
     logits, taken = [], torch.zeros(len(routed_blocks(model)), *idx.shape, dtype=torch.bool)
     for b, row in enumerate(idx):
-        x = [standard(W["embedding.weight"][token]) for token in row]
+        own = [standard(W["embedding.weight"][token]) for token in row]
+        x = own[:1] + [own[t] + W["shift"] * own[t - 1] for t in range(1, len(row))]
         layer = 0
         for i in range(c.n_layer):
             prefix, chosen, gate = f"blocks.{i}.", list(range(len(x))), [1] * len(x)
@@ -255,7 +257,7 @@ def test_capacity_1_is_a_plain_dense_transformer(shape):
         assert route is None
     C, c = model.config.n_embd, model.config
     assert not [name for name, _ in model.named_parameters() if part(name) != "body"]
-    assert sum(p.numel() for p in model.parameters()) == 2 * c.vocab_size * C + c.n_layer * 12 * C * C
+    assert sum(p.numel() for p in model.parameters()) == 2 * c.vocab_size * C + C + c.n_layer * 12 * C * C
 
 
 ROUTED = [
@@ -343,7 +345,7 @@ def test_a_block_that_changes_nothing_leaves_the_residual_stream_as_it_is(causal
     idx = tokens(3, 24)
     logits, _, route = model(idx, causal=causal)
     assert route.taken.any()
-    close(logits, model.head(standard(standard(model.embedding.weight[idx]))), atol=1e-5)
+    close(logits, model.head(standard(model.embed(idx))), atol=1e-5)
 
 
 def test_attention_among_the_taken_is_causal_in_time_not_in_score():
@@ -541,7 +543,7 @@ def test_padding_is_never_seen():
                 kv.k[b, :, length:] = 1e3
                 kv.v[b, :, length:] = 1e3
         for t in range(12, 24):
-            logits = model(idx[:, t : t + 1], causal=True, cache=cache, start=t)[0]
+            logits = model(idx[:, : t + 1], cache=cache, start=t)[0]
             close(logits[:, 0], expected[:, t])
 
 
@@ -564,7 +566,7 @@ def test_an_infinite_threshold_skips_every_routed_block():
     it."""
     model, idx = redrawn(), tokens(3, 24)
     dense = redrawn(capacity=1, n_layer=2)
-    dense.embedding, dense.head = model.embedding, model.head
+    dense.embedding, dense.shift, dense.head = model.embedding, model.shift, model.head
     dense.blocks[0], dense.blocks[1] = model.blocks[0], model.blocks[2]
     expected = one_shot(dense, idx)[0]
     close(one_shot(model, idx, torch.inf)[0], expected, atol=1e-5)
@@ -584,7 +586,7 @@ def test_buffers_grow_by_doubling_and_keep_their_contents():
     sizes, before = [routed.k.size(2)], None
     with torch.no_grad():
         for t in range(80):
-            logits = model(idx[:, t : t + 1], causal=True, threshold=-torch.inf, cache=cache, start=t)[0]
+            logits = model(idx[:, : t + 1], threshold=-torch.inf, cache=cache, start=t)[0]
             close(logits[:, 0], expected[:, t])
             if routed.k.size(2) != sizes[-1]:
                 sizes.append(routed.k.size(2))
@@ -679,17 +681,17 @@ def test_the_prompt_is_routed_by_the_predictor_as_well():
 @pytest.mark.parametrize("B", [1, 3])
 def test_one_token_at_a_time_costs_only_what_is_taken(B):
     """Traps: top-1 of one token always takes it; every token computed, then thrown away. Counted in FLOPs."""
-    model, idx = decided(B=B)
+    model, idx = decided(B=B, n_layer=6)
     c, cache, all_taken = model.config, model.new_cache(B), []
     linear = 2 * 12 * c.n_embd**2  # a block's four matrices
     chooser = 2 * c.n_embd + 2 * (c.n_embd * c.n_embd // 4 + c.n_embd // 4)
     for t in range(24):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            route = model(idx[:, t : t + 1], causal=True, cache=cache, start=t)[2]
+            route = model(idx[:, : t + 1], cache=cache, start=t)[2]
         counts = counter.get_flop_counts()["Global"]
         counted = sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
         all_taken.append(int(route.taken.sum()))
-        assert counted == B * (2 * linear + 2 * chooser + 2 * c.n_embd * c.vocab_size) + all_taken[-1] * linear
+        assert counted == B * (3 * linear + 3 * chooser + 2 * c.n_embd * c.vocab_size) + all_taken[-1] * linear
     assert len(set(all_taken)) > 2 and (B > 1 or 0 in all_taken)
 
 
@@ -801,7 +803,7 @@ def test_overfits_one_batch(changes):
     if route is not None and not changes.get("routing"):
         _, loss, route = model(idx, targets, causal=True)
         assert loss < 0.1
-        assert (route.taken == model(idx)[2].taken).float().mean() > 0.95
+        assert (route.taken == model(idx)[2].taken).float().mean() > 0.9
         assert 0.3 < route.taken.float().mean() < 0.7
 
 
@@ -1700,12 +1702,16 @@ def test_optimizers_and_schedule():
     groups = [*muon.param_groups, *adamw.param_groups]
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(map(id, model.parameters()))
-    blocks = [getattr(block, "block", block) for block in model.blocks]
-    matrices = [p for block in blocks for p in block.parameters()]
-    assert {id(p) for p in muon.param_groups[0]["params"]} == set(map(id, matrices)) and len(matrices) == 16
-    routers = [block.router.weight for block in model.blocks if isinstance(block, mod.RoutedBlock)]
-    assert [group["scale"] for group in groups if group["params"][0] is routers[0]] == [0.1]
+    dense = [p for block in model.blocks if isinstance(block, mod.Block) for p in block.parameters()]
+    assert {id(p) for p in muon.param_groups[0]["params"]} == set(map(id, dense)) and len(dense) == 8
+    scale = {id(p): group["scale"] for group in groups for p in group["params"]}
+    routed = routed_blocks(model)
+    assert {scale[id(block.router.weight)] for block in routed} == {0.1}
+    assert {scale[id(p)] for block in routed for p in block.block.parameters()} == {train.ROUTED_LR_SCALE}
+    assert {scale[id(p)] for p in (*dense, *routed[0].predictor.parameters(), model.shift)} == {1}
     assert all(p.dim() >= 2 for group in groups for p in group["params"] if group["weight_decay"])
+    every_block = mod.MoD(mod.MoDConfig(**SMALL, route_every=1))
+    assert [type(optimizer) for optimizer in train.make_optimizers(every_block, 0.1, 0.3)] == [torch.optim.AdamW]
     rates = [train.learning_rate(step, 1000, 1.0) for step in range(1000)]
     assert rates[0] == pytest.approx(1 / 20) and max(rates) == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.1, abs=0.001) and rates[20:] == sorted(rates[20:], reverse=True)
@@ -1713,7 +1719,7 @@ def test_optimizers_and_schedule():
 
 @pytest.mark.parametrize("capacity", [0.25, 1])
 def test_muon_costs_what_the_formula_says(capacity):
-    """Against torch's own counter: what a FLOPs budget would otherwise not see, and MoD has more of than dense."""
+    """Against torch's own counter: what a FLOPs budget would otherwise not see."""
     model = mod.MoD(mod.MoDConfig(**{**SMALL, "capacity": capacity}))
     muon, _ = train.make_optimizers(model, 0.1, 0.1)
     for p in model.parameters():
@@ -2107,7 +2113,7 @@ def test_the_bench_computes_every_block_and_throws_the_result_away(run_dir):
     idx = torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(0))
     cache = busy.new_cache(2)
     for start, end in ((0, 9), (9, 10), (10, 11)):
-        *_, route = busy(idx[:, start:end], causal=True, cache=cache, start=start)
+        *_, route = busy(idx[:, :end], cache=cache, start=start)
     assert [kv.length for kv in cache] == [[11, 11]] * 4
     assert sum(kv.bytes_used for kv in cache) == 4 * 2 * 11 * 2 * 16 * 4
     x = torch.randn(2, 1, 16)

@@ -133,32 +133,47 @@ def straight_through():
 
 
 def routed_lr(scale):
-    make = train.make_optimizers
+    train.ROUTED_LR_SCALE = scale
+
+
+def optimizer_for_all(name):
+    """ "muon" or "adamw" for the matrices of all blocks, routed or not, and its FLOPs in the budget."""
 
     def make_optimizers(model, router_lr_scale, weight_decay):
         muon, adamw = make(model, router_lr_scale, weight_decay)
-        (group,) = muon.param_groups
-        inside = {id(p) for name, p in model.named_parameters() if ".block." in name}
-        matrices = group["params"]
-        group["params"] = [p for p in matrices if id(p) not in inside]
-        muon.add_param_group({**group, "params": [p for p in matrices if id(p) in inside], "scale": scale})
+        dense, routed = block_matrices(model)
+        group = {"weight_decay": weight_decay, "scale": 1.0}
+        if name == "adamw":
+            adamw.add_param_group({**group, "params": dense})
+            return [adamw]
+        if routed:
+            adamw.param_groups.remove(next(g for g in adamw.param_groups if g["params"][0] is routed[0]))
+            muon.add_param_group({**group, "params": routed})
         return [muon, adamw]
 
+    make, block_matrices = train.make_optimizers, train.block_matrices
     train.make_optimizers = make_optimizers
+    of_muon = {"muon": lambda model: (sum(block_matrices(model), []), []), "adamw": lambda model: ([], [])}[name]
+    flops = train.step_flops
+
+    def step_flops(model, tokens):
+        train.block_matrices = of_muon
+        total = flops(model, tokens)
+        train.block_matrices = block_matrices
+        return total
+
+    train.step_flops = step_flops
 
 
-def adamw():
-    """AdamW for all parameters; with it, a step's FLOPs are three times the forward pass's and no more."""
-    make, flops = train.make_optimizers, train.step_flops
+def no_shift():
+    """No token sees a part of the one before it in its embedding."""
+    init = mod.MoD.__init__
 
-    def make_optimizers(model, router_lr_scale, weight_decay):
-        muon, adamw = make(model, router_lr_scale, weight_decay)
-        matrices = muon.param_groups[0]["params"]
-        adamw.add_param_group({"params": matrices, "weight_decay": weight_decay, "scale": 1.0})
-        return [adamw]
+    def changed(model, config):
+        init(model, config)
+        model.shift.requires_grad_(False)  # it starts at 0
 
-    train.make_optimizers = make_optimizers
-    train.step_flops = lambda model, tokens: flops(model, tokens) - flops(model, 0)
+    mod.MoD.__init__ = changed
 
 
 VARIANTS = {  # name: (flags, patch or None)
@@ -166,8 +181,11 @@ VARIANTS = {  # name: (flags, patch or None)
     "dense_half": ({"capacity": 1, "n_layer": 4}, None),  # what is left without the routed blocks
     "dense_full": ({"capacity": 1}, None),
     "random": ({"routing": "random"}, None),
-    "adamw": ({}, adamw),
-    "adamw_dense_half": ({"capacity": 1, "n_layer": 4}, adamw),
+    "no_shift": ({}, no_shift),
+    "no_shift_dense_half": ({"capacity": 1, "n_layer": 4}, no_shift),
+    "muon": ({}, lambda: optimizer_for_all("muon")),
+    "adamw": ({}, lambda: optimizer_for_all("adamw")),
+    "adamw_dense_half": ({"capacity": 1, "n_layer": 4}, lambda: optimizer_for_all("adamw")),
     "detached": ({}, detached),
     "noise_30_centred": ({}, lambda: (noise_until(0.3), centred())),
     "centred": ({}, centred),
@@ -181,8 +199,9 @@ VARIANTS = {  # name: (flags, patch or None)
     "router_lr_1": ({"router_lr_scale": 1}, None),
     "router_lr_0.03": ({"router_lr_scale": 0.03}, None),
     "router_lr_0": ({"router_lr_scale": 0}, None),
+    "routed_lr_1": ({}, lambda: routed_lr(1.0)),
     "routed_lr_0.5": ({}, lambda: routed_lr(0.5)),
-    "routed_lr_2": ({}, lambda: routed_lr(2.0)),
+    "routed_lr_0.1": ({}, lambda: routed_lr(0.1)),
     "capacity_0.0625": ({"capacity": 0.0625}, None),
     "capacity_0.25": ({"capacity": 0.25}, None),
     "capacity_0.5": ({"capacity": 0.5}, None),
