@@ -111,8 +111,13 @@ def norm(x):
 
 
 def rotary_table(block_size, head_size):
-    """Cosine and sine of position times frequency, (2, block_size, D); the sines of the first half are negated."""
-    frequency = 10000.0 ** -(torch.arange(0, head_size, 2) / head_size)
+    """Cosine and sine of position times frequency, (2, block_size, D); the sines of the first half are negated.
+
+    Only a quarter of the pairs turn (arXiv:2204.06745); with the others a head finds content however far away it is.
+    """
+    turning = max(1, head_size // 8)
+    frequency = torch.zeros(head_size // 2)
+    frequency[:turning] = 10000.0 ** -(torch.arange(turning) / turning)
     angle = torch.arange(block_size)[:, None] * frequency
     cos, sin = angle.cos(), angle.sin()
     return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)))

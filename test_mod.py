@@ -170,9 +170,11 @@ def standard(x):
 
 
 def turn(x, position):
-    """Rotary embedding of x (..., n, D) in complex numbers: pair j turns by position * 10000^(-2j / D)."""
+    """Rotary embedding of x (..., n, D) in complex numbers: pair j turns by position * 10000^(-8j / D), and those from
+    D / 8 on, but the first, do not."""
     half = x.size(-1) // 2
-    angle = torch.as_tensor(position).double()[:, None] * 10000.0 ** (-torch.arange(half).double() / half)
+    frequency = [10000.0 ** (-4 * j / half) if j < max(1, half / 4) else 0.0 for j in range(half)]
+    angle = torch.as_tensor(position).double()[:, None] * torch.tensor(frequency).double()
     z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat((z.real, z.imag), dim=-1)
 
@@ -2177,7 +2179,7 @@ def test_the_compute_dial(run_dir):
 
 def lookups(n, seed):
     """n times a question mark, its answer, six dots. An answer follows from the two before it by a table of 64 random
-    entries, but for a tenth of them. It can be worked out at the question mark or at the answer before; dots have nothing to do."""
+    entries, but for a tenth of them: work for the answer before or the question mark, and none for the dots."""
     names = "ABCDEFGH"
     fixed, draw = random.Random(0), random.Random(seed)
     table = {(a, b): fixed.choice(names) for a in names for b in names}
