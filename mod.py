@@ -15,7 +15,8 @@ attention and MLP (k = capacity * T, say 12.5 %); the others pass by on the resi
                     |                             |                                 |
                     +------------------------- gather --> (B, k, C) --> f = attention, MLP
 
-In the paper r_i = w . x_i and gate(r) = r. Here r_i = w . norm(x_i) and the gate is a sigmoid; README says why.
+In the paper r_i = w . x_i and gate(r) = r. Here r_i = w . norm(x_i) and the gate is a sigmoid; a token's embedding has
+a part of the one before, and only a quarter of the rotary pairs turn. README says why.
 
 Who is chosen is the only thing that differs between the two modes:
     top-k   compares a token with the whole sequence. k is known beforehand, so every shape is fixed: for training.
@@ -25,7 +26,7 @@ Who is chosen is the only thing that differs between the two modes:
             this question, and leaves nothing in its KV cache.
 
 Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary, L routed blocks,
-        k tokens a routed block takes (causal: the most that a row takes; shorter rows are padded),
+        k tokens a routed block takes (causal: the most that a row takes; shorter rows are padded), its attention's T,
         R rows of the batch that take the current token, S keys in the longest of them.
         A suffix names the shape where it matters: idx_BK is (B, k).
 
@@ -56,7 +57,7 @@ class MoDConfig:
     capacity: float = 0.125  # share of a sequence that a routed block takes; 1 is the dense transformer
     route_every: int = 2  # every route_every-th block is routed (section 4.1: every other, at 12.5 %, is best)
     routing: str = "topk"  # "topk", or "random": the paper's control, which chooses at random
-    causal: str = "predictor"  # who decides without the future: a "predictor", or the "router" itself
+    causal: str = "predictor"  # who decides without the future: a "predictor", or the "router" (unless random)
     gate: str = "sigmoid"  # "sigmoid", or "raw": the router's output as it is, as the paper has it
 
     def __post_init__(self):
@@ -85,8 +86,8 @@ class MoDConfig:
     def flops_per_token(self, T, share=None):
         """Forward FLOPs per token of a T-token sequence, the mean over its positions; training costs 3 times that.
 
-        share is the part of the tokens that routed blocks take, k / T if None. A product of m x k by k x n
-        counts 2mkn; of causal attention the needed half is counted, T / 2 keys for the mean query.
+        share is the part of the tokens that routed blocks take, k / T if None. A product of m x p by p x n
+        counts 2mpn; of causal attention the needed half is counted, T / 2 keys for the mean query.
         """
         C = self.n_embd
 
@@ -113,7 +114,7 @@ def norm(x):
 def rotary_table(block_size, head_size):
     """Cosine and sine of position times frequency, (2, block_size, D); the sines of the first half are negated.
 
-    Only a quarter of the pairs turn (arXiv:2204.06745); with the others a head finds content however far away it is.
+    About a quarter of the pairs turn (arXiv:2204.06745); with the others a head finds content however far away it is.
     """
     turning = max(1, head_size // 8)
     frequency = torch.zeros(head_size // 2)
@@ -152,7 +153,7 @@ class KVCache:
             self.k, self.v = F.pad(self.k, padding), F.pad(self.v, padding)
 
     def fill(self, k, v, length):
-        """Take a prompt's keys and values (B, H, k, D); of row b the first length[b] are real, the rest padding.
+        """Take a prompt's keys and values (B, H, n, D); of row b the first length[b] are real, the rest padding.
 
         Padding is never seen: the next token overwrites it or the row's length hides it.
         """
@@ -169,7 +170,7 @@ class KVCache:
         length = [self.length[row] for row in rows]
         S = max(length)
         self.reserve(S)
-        if len(rows) == 1 or len(rows) == len(self.length) and min(length) == S:
+        if len(rows) == 1 or (len(rows) == len(self.length) and min(length) == S):
             part = slice(rows[0], rows[-1] + 1)  # one row, or all and all alike, as in a dense block: no copy
             self.k[part, :, S - 1 : S], self.v[part, :, S - 1 : S] = k, v
             return self.k[part, :, :S], self.v[part, :, :S], None
@@ -196,8 +197,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, rope, remember=None):
-        """x (B, T, C) -> (B, T, C). remember, where there is a cache, is its fill or append: it stores k and v and
-        returns all the keys and values there are to attend to, with a mask or None."""
+        """x (B, T, C) -> (B, T, C). Where there is a cache, remember is its fill or append: remember(k, v) stores them
+        and returns all the keys and values there are to attend to, with a mask or None."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2)  # (B, 3H, T, D)
         qk, v = qkv.split((2 * self.n_head, self.n_head), dim=1)
@@ -219,7 +220,7 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, rope, remember=None):
-        """The change this block makes to x (B, T, C), the residual stream itself not included."""
+        """The change this block makes to x (B, T, C), the residual stream itself not included; rope as in rotate."""
         attended = self.attention(norm(x), rope, remember)
         return attended + self.down(F.gelu(self.up(norm(x + attended)), approximate="tanh"))
 
@@ -233,7 +234,7 @@ class Route(NamedTuple):
 
     taken: torch.Tensor  # bool: went through the block
     weight: torch.Tensor  # r, the router's output
-    logit: torch.Tensor  # the causal decision's: above 0 it is to take the token
+    logit: torch.Tensor  # the causal decision's: above the threshold, take the token. Under top-k it learns from taken
 
 
 class RoutedBlock(nn.Module):
@@ -250,7 +251,7 @@ class RoutedBlock(nn.Module):
     def score(self, x):
         """For each token of x (B, T, C), by itself: r (section 3.4) and the causal decision's logit, (B, T) each.
 
-        In float32, since bfloat16 makes ties and flips decisions; forward and, for step, generate see to autocast.
+        In float32, since bfloat16 makes ties and flips decisions: the callers (for step, generate) switch autocast off.
         """
         seen = norm(x.float())
         r = self.router(seen).squeeze(-1)
@@ -264,7 +265,7 @@ class RoutedBlock(nn.Module):
         """The causal decision's logit (B, T). Section 3.5: r itself or a predictor's, either trained by choice_loss."""
         if self.config.routing == "random":
             return torch.rand_like(r) - (1 - self.config.capacity)  # above 0 with probability capacity
-        # The detach: a predictor's learning must not change the language model.
+        # The detach: a predictor's learning must not change the language model. (That of r itself does.)
         return r if self.predictor is None else self.predictor(seen.detach()).squeeze(-1)
 
     def gate(self, r):
@@ -298,7 +299,7 @@ class RoutedBlock(nn.Module):
         return x.scatter_add(1, idx_BKC, gate_BK[..., None] * delta_BKC), route
 
     def step(self, x, rope, threshold, cache):
-        """The causal choice for one new token a row, x (B, 1, C), rope (2, 1, D): rows that skip it cost the score."""
+        """The causal choice for one new token a row, x (B, 1, C), rope (2, 1, D); rows that skip pay for score only."""
         r, logit = self.score(x)
         taken = logit > threshold
         route = Route(taken, r, logit)
@@ -342,17 +343,19 @@ class MoD(nn.Module):
                 nn.init.normal_(p, std=p.size(-1) ** -0.5)
 
     def forward(self, idx, targets=None, causal=False, threshold=0.0, cache=None, start=0):
-        """Tokens idx (B, T) -> logits (B, T, V); mean cross-entropy with targets (B, T) in nats, or None; the Route
-        of all routed blocks, (L, B, T), or None if there are none. choice_loss is left to the training loop.
+        """Tokens idx (B, start + T) -> logits (B, T, V); mean cross-entropy with targets (B, T) in nats, or None; the
+        Route of all routed blocks, (L, B, T), or None if there are none. choice_loss is left to the training loop.
 
         Top-k routing, unless causal: then a token is taken if its logit exceeds threshold; a higher one spends less.
         A cache (see new_cache) implies causal. With it, idx is the text so far, of which the cache has seen the first
         start tokens: none (a prompt) or all but one. T counts the others, and the logits are the last one's only.
+        Weights are float32; of matrix products autocast may make bfloat16, but not with a cache.
         """
         causal = causal or cache is not None  # top-k would need the future
         x = self.embed(idx, start)
         B, T, _ = x.shape
         assert T == 1 or start == 0, "a prompt needs an empty cache"
+        assert start + T <= self.config.block_size, "longer than block_size"
         rope = self.rope[:, start : start + T]  # (2, T, D)
         routes = []
         for i, block in enumerate(self.blocks):
@@ -397,7 +400,7 @@ class MoD(nn.Module):
 
         Yields, num_tokens times: the new tokens (B, 1); the logits (B, V) they came from; the Route of the tokens
         fed to get there: the prompt at first, then the last new token; the cache. When the context is full, the
-        last half of it is fed into a new cache, and generation goes on from there.
+        last half of it is fed into a new cache, like a prompt. (top_k here is sampling's, not the router's.)
         """
         size = self.config.block_size
         text = idx[:, -size:]

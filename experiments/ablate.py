@@ -176,6 +176,18 @@ def no_shift():
     mod.MoD.__init__ = changed
 
 
+def all_pairs_turn():
+    """Rotary embedding of every pair, not of a quarter of them."""
+
+    def rotary_table(block_size, head_size):
+        frequency = 10000.0 ** -(torch.arange(0, head_size, 2) / head_size)
+        angle = torch.arange(block_size)[:, None] * frequency
+        cos, sin = angle.cos(), angle.sin()
+        return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)))
+
+    mod.rotary_table = rotary_table
+
+
 VARIANTS = {  # name: (flags, patch or None)
     "base": ({}, None),  # train.py's defaults
     "dense_half": ({"capacity": 1, "n_layer": 4}, None),  # what is left without the routed blocks
@@ -183,6 +195,8 @@ VARIANTS = {  # name: (flags, patch or None)
     "random": ({"routing": "random"}, None),
     "no_shift": ({}, no_shift),
     "no_shift_dense_half": ({"capacity": 1, "n_layer": 4}, no_shift),
+    "all_pairs_turn": ({}, all_pairs_turn),
+    "all_pairs_turn_dense_half": ({"capacity": 1, "n_layer": 4}, all_pairs_turn),
     "muon": ({}, lambda: optimizer_for_all("muon")),
     "adamw": ({}, lambda: optimizer_for_all("adamw")),
     "adamw_dense_half": ({"capacity": 1, "n_layer": 4}, lambda: optimizer_for_all("adamw")),
