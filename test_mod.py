@@ -340,7 +340,7 @@ def test_angles_are_those_of_the_true_positions():
 def test_a_block_that_changes_nothing_leaves_the_residual_stream_as_it_is(causal):
     """Trap: the block called with its residual inside, then added onto x again, so that taken tokens count
     twice."""
-    model = redrawn(gate="raw")
+    model = redrawn(seed=1, gate="raw")
     for name, p in model.named_parameters():
         if name.endswith(("out.weight", "down.weight")):
             nn.init.zeros_(p)
