@@ -26,8 +26,9 @@ def main(argv):
         text = train.spread_windows(data, model.config.block_size, train.EVAL_TOKENS)
         with torch.no_grad():
             _, route = look(model, text[:, :-1], text[:, 1:])
+        before = seen.pop() if seen else route.taken
         seen.append(route.taken)
-        overlap = (seen[-1] & seen[max(0, len(seen) - 2)]).sum((1, 2)) / seen[-1].sum((1, 2))
+        overlap = (route.taken & before).sum((1, 2)) / route.taken.sum((1, 2))
         gates = [model.blocks[-1].gate(r[taken]).mean() for r, taken in zip(route.weight, route.taken, strict=True)]
         rows.append((overlap, route.weight.std((1, 2)), gates))
         return evaluate(model, data, tokens, autocast)
