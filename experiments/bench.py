@@ -1,7 +1,7 @@
 """Sampling speed over widths, batch sizes and contexts: writes assets/bench.json, a row for each.
 
     python experiments/bench.py                             all of it; on a machine that does nothing else
-    python experiments/bench.py --n_embd 128 --batch 1      one part of it
+    python experiments/bench.py --n_embd 128 --batch 1      one part of it: the table's other rows stay
 
 The weights are random, which speed doesn't depend on; each routed block's decision is shifted so that it takes the
 share of the tokens that a trained one does, its capacity. Combinations of more than MAX_TOKENS tokens are left out.
@@ -41,6 +41,10 @@ def random_model(config, device):
     return model
 
 
+def key_of(row):
+    return row["device"], row["dtype"], row["n_layer"], row["n_embd"], row["context"], row["batch"]
+
+
 def main(argv):
     parser = argparse.ArgumentParser(description="Sampling speed over widths, batch sizes and contexts.")
     parser.add_argument("--n_embd", type=int, nargs="+", default=[128, 256, 512, 768], help="multiples of 64")
@@ -53,7 +57,9 @@ def main(argv):
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "bench.json")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
-    rows = []
+    rows = {}
+    if args.out.exists():
+        rows = {key_of(row): row for row in json.loads(args.out.read_text(encoding="utf-8"))["rows"]}
     for n_embd, context in itertools.product(args.n_embd, args.context):
         torch.manual_seed(0)
         config = MoDConfig(block_size=context, n_layer=args.n_layer, n_head=n_embd // 64, n_embd=n_embd)
@@ -63,10 +69,11 @@ def main(argv):
                 continue
             shape = (batch, context - WARMUP - args.num_tokens)
             prompt = torch.randint(config.vocab_size, shape, device=device)
-            rows.append(bench(model, prompt, args.num_tokens, args.rounds))
-            print(bench_table(rows[-1]), end="\n\n", flush=True)
+            row = bench(model, prompt, args.num_tokens, args.rounds)
+            rows[key_of(row)] = row
+            print(bench_table(row), end="\n\n", flush=True)
             with write_atomic(args.out) as file:
-                file.write(json.dumps({"rows": rows}, indent=2).encode() + b"\n")
+                file.write(json.dumps({"rows": [rows[key] for key in sorted(rows)]}, indent=2).encode() + b"\n")
 
 
 if __name__ == "__main__":
