@@ -805,7 +805,7 @@ def test_overfits_one_batch(changes):
     if route is not None and not changes.get("routing"):
         _, loss, route = model(idx, targets, causal=True)
         assert loss < 0.1
-        assert (route.taken == model(idx)[2].taken).float().mean() > 0.9
+        assert (route.taken == model(idx)[2].taken).float().mean() > 0.95
         assert 0.3 < route.taken.float().mean() < 0.7
 
 
@@ -2208,8 +2208,8 @@ def test_routers_find_the_tokens_that_need_them(tmp_path):
         model, learned = ended(seed, "topk")
         taken = model(x)[2].taken
         spent = (taken & (x != ord("."))).sum((1, 2)) / taken.sum((1, 2))
-        assert spent.max() > 0.8
-        assert learned["val_topk"] < 0.95 * ended(seed, "random")[1]["val_topk"]  # the predictor needs longer
+        assert spent.max() > 0.9
+        assert learned["val_topk"] < 0.92 * ended(seed, "random")[1]["val_topk"]  # the predictor needs longer
 
 
 # ---------------------------------------------------------------------------------------------------------
