@@ -137,32 +137,15 @@ def routed_lr(scale):
 
 
 def optimizer_for_all(name):
-    """ "muon" or "adamw" for the matrices of all blocks, routed or not, and its FLOPs in the budget."""
+    """ "muon" or "adamw", at the body's learning rate, for the matrices of all blocks, routed or not."""
+    block_matrices = train.block_matrices
 
-    def make_optimizers(model, router_lr_scale, weight_decay):
-        muon, adamw = make(model, router_lr_scale, weight_decay)
-        dense, routed = block_matrices(model)
-        group = {"weight_decay": weight_decay, "scale": 1.0}
-        if name == "adamw":
-            adamw.add_param_group({**group, "params": dense})
-            return [adamw]
-        if routed:
-            adamw.param_groups.remove(next(g for g in adamw.param_groups if g["params"][0] is routed[0]))
-            muon.add_param_group({**group, "params": routed})
-        return [muon, adamw]
+    def changed(model):  # Muon takes the first list, and a budget counts its FLOPs; AdamW takes the second
+        matrices = sum(block_matrices(model), [])
+        return (matrices, []) if name == "muon" else ([], matrices)
 
-    make, block_matrices = train.make_optimizers, train.block_matrices
-    train.make_optimizers = make_optimizers
-    of_muon = {"muon": lambda model: (sum(block_matrices(model), []), []), "adamw": lambda model: ([], [])}[name]
-    flops = train.step_flops
-
-    def step_flops(model, tokens):
-        train.block_matrices = of_muon
-        total = flops(model, tokens)
-        train.block_matrices = block_matrices
-        return total
-
-    train.step_flops = step_flops
+    train.block_matrices = changed
+    train.ROUTED_LR_SCALE = 1.0
 
 
 def no_shift():
