@@ -352,7 +352,7 @@ class MoD(nn.Module):
         Top-k routing, unless causal: then a token is taken if its logit exceeds threshold; a higher one spends less.
         A cache (see new_cache) implies causal. With it, idx is the text so far, of which the cache has seen the first
         start tokens: none (a prompt) or all but one. T counts the others, and the logits are the last one's only.
-        Weights are float32; of matrix products autocast may make bfloat16, but not with a cache.
+        Weights are float32. Under autocast, matrix products may be in bfloat16, but not with a cache.
         """
         causal = causal or cache is not None  # top-k would need the future
         x = self.embed(idx, start)
