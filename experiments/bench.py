@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mod import MoD, MoDConfig, RoutedBlock  # noqa: E402
-from prepare_data import run, write_atomic  # noqa: E402
+from prepare_data import UserError, run, write_atomic  # noqa: E402
 from sample import WARMUP, bench, bench_table  # noqa: E402
 from train import pick_device  # noqa: E402
 
@@ -59,7 +59,10 @@ def main(argv):
     device = pick_device(args.device)
     rows = {}
     if args.out.exists():
-        rows = {key_of(row): row for row in json.loads(args.out.read_text(encoding="utf-8"))["rows"]}
+        try:
+            rows = {key_of(row): row for row in json.loads(args.out.read_text(encoding="utf-8"))["rows"]}
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{args.out} is no table of this script; move it away or give another --out") from error
     for n_embd, context in itertools.product(args.n_embd, args.context):
         torch.manual_seed(0)
         config = MoDConfig(block_size=context, n_layer=args.n_layer, n_head=n_embd // 64, n_embd=n_embd)
