@@ -24,10 +24,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.patches import FancyBboxPatch, Patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -38,6 +36,12 @@ from experiments.sweep import read_table  # noqa: E402
 from prepare_data import UserError, load_data, run  # noqa: E402
 from sample import compute_dial, dense_flops  # noqa: E402
 from train import load_checkpoint  # noqa: E402
+
+try:
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import FancyBboxPatch, Patch
+except ImportError:
+    plt = None
 
 INK, GREY, PALE = "#1b1b1b", "#6b6b6b", "#e9e9e9"
 FAMILIES = {"dense": "dense", "mod": "MoD", "random": "random routing"}
@@ -351,6 +355,8 @@ def main(argv):
     parser.add_argument("--snippet", default="def ", help="how the paragraph in routing_map begins")
     parser.add_argument("--budget", type=float, help="training FLOPs of the ablations to show")
     args = parser.parse_args(argv)
+    if plt is None:
+        raise UserError("figures need the package matplotlib: pip install -r requirements-dev.txt")
     for name in args.only:
         for need in NEEDS.get(name, ["mod"]):
             path = getattr(args, need) / "ckpt.pt" if need in FAMILIES else args.assets / need
