@@ -16,7 +16,7 @@ attention and MLP (k = capacity * T, say 12.5 %); the others pass by on the resi
                     +------------------------- gather --> (B, k, C) --> f = attention, MLP
 
 In the paper r_i = w . x_i and gate(r) = r. Here r_i = w . norm(x_i) and the gate is a sigmoid; a token's embedding has
-a part of the one before, and only a quarter of the rotary pairs turn. README says why.
+parts of the three before it, and only a quarter of the rotary pairs turn. README says why.
 
 Who is chosen is the only thing that differs between the two modes:
     top-k   compares a token with the whole sequence. k is known beforehand, so every shape is fixed: for training.
@@ -329,7 +329,7 @@ class MoD(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.shift = nn.Parameter(torch.zeros(config.n_embd))
+        self.mix = nn.Parameter(torch.empty(config.n_embd, 4))  # see embed
         self.blocks = nn.ModuleList(
             RoutedBlock(config) if config.is_routed(i) else Block(config) for i in range(config.n_layer)
         )
@@ -337,13 +337,14 @@ class MoD(nn.Module):
         table = rotary_table(config.block_size, config.n_embd // config.n_head)
         self.register_buffer("rope", table, persistent=False)
         for name, p in self.named_parameters():
-            if name.endswith(("out.weight", "down.weight", "head.weight", "bias", "shift")):
+            if name.endswith(("out.weight", "down.weight", "head.weight", "bias")):
                 nn.init.zeros_(p)  # every block starts as the identity, every token as likely as another
             else:
                 nn.init.normal_(p, std=p.size(-1) ** -0.5)
             if name.endswith(("qkv.weight", "up.weight", "head.weight")):
                 # Stored by columns, the longer side: a CPU reads it up to twice as fast to multiply a lone token.
                 p.data = p.data.t().contiguous().t()
+        self.mix.data[:, -1] = 1  # at first, an embedding is above all its own token's
 
     def forward(self, idx, targets=None, causal=False, threshold=0.0, cache=None, start=0):
         """Tokens idx (B, start + T) -> logits (B, T, V); mean cross-entropy with targets (B, T) in nats, or None; the
@@ -382,12 +383,11 @@ class MoD(nn.Module):
         return logits, loss, route
 
     def embed(self, idx, start=0):
-        """The tokens of idx (B, T) from start on, (B, T - start, C): each by itself at unit scale, plus a learned part
-        of the token before it (not in the paper; README tells what it is for)."""
-        x = norm(self.embedding(idx[:, max(0, start - 1) :]))
-        if start == 0:
-            x = F.pad(x, (0, 0, 1, 0))  # nothing is before the first token
-        return x[:, 1:] + self.shift * x[:, :-1]
+        """The tokens of idx (B, T) from start on, (B, T - start, C): a convolution, channel by channel, mixes each with
+        the three before it (not in the paper; README tells what it is for)."""
+        x = norm(self.embedding(idx[:, max(0, start - 3) :]))
+        x = F.pad(x, (0, 0, max(0, 3 - start), 0))  # nothing is before the first token
+        return (x.unfold(1, 4, 1) * self.mix).sum(dim=-1)
 
     def new_cache(self, batch):
         """An empty KV cache: one KVCache per block, for batch rows."""

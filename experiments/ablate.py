@@ -148,13 +148,14 @@ def optimizer_for_all(name):
     train.ROUTED_LR_SCALE = 1.0
 
 
-def no_shift():
-    """No token sees a part of the one before it in its embedding."""
+def no_mix():
+    """A token's embedding has nothing of the three before it."""
     init = mod.MoD.__init__
 
     def changed(model, config):
         init(model, config)
-        model.shift.requires_grad_(False)  # it starts at 0
+        model.mix.data = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(config.n_embd, -1)
+        model.mix.requires_grad_(False)
 
     mod.MoD.__init__ = changed
 
@@ -176,8 +177,8 @@ VARIANTS = {  # name: (flags, patch or None)
     "dense_half": ({"capacity": 1, "n_layer": 4}, None),  # what is left without the routed blocks
     "dense_full": ({"capacity": 1}, None),
     "random": ({"routing": "random"}, None),
-    "no_shift": ({}, no_shift),
-    "no_shift_dense_half": ({"capacity": 1, "n_layer": 4}, no_shift),
+    "no_mix": ({}, no_mix),
+    "no_mix_dense_half": ({"capacity": 1, "n_layer": 4}, no_mix),
     "all_pairs_turn": ({}, all_pairs_turn),
     "all_pairs_turn_dense_half": ({"capacity": 1, "n_layer": 4}, all_pairs_turn),
     "muon": ({}, lambda: optimizer_for_all("muon")),
