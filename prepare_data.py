@@ -83,6 +83,8 @@ class Parser(argparse.ArgumentParser):
     """One that answers a wrong flag with one line, as all other errors here, and status 2."""
 
     def error(self, message):
+        if message.endswith("expected one argument"):
+            message += " (a value that begins with - takes a =, as in --threshold=-1)"
         self.exit(2, f"error: {message}; --help lists the flags\n")
 
 

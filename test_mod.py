@@ -1796,6 +1796,7 @@ def test_checkpoints_of_a_compiled_run_are_clean(run_train, tmp_path, monkeypatc
         (["--block_size=100000"], "--block_size 100000 is longer than the validation data"),
         (["--block_size=0"], "block_size 0"),
         (["--device=nonsense"], "device 'nonsense'"),
+        (["--device=meta"], "device 'meta'"),
         (["--data=nowhere"], "no prepared data in nowhere"),
         (["--resume", "--out=nowhere"], "no checkpoint"),
     ],
@@ -1823,9 +1824,18 @@ def test_an_existing_run_is_neither_overwritten_nor_changed_by_accident(run_trai
         train.main(["--resume", out, "--steps=1"])
     with pytest.raises(prepare_data.UserError, match="has done 2 of 2 steps"):
         train.main(["--resume", out])
+    with pytest.raises(prepare_data.UserError, match="give one of them"):
+        train.main(["--resume", "--overwrite", out, "--steps=4"])
     train.main(["--resume", out, "--steps=4"])
     assert load(tmp_path / "run")["step"] == 4
     assert run_train("--steps=3", "--overwrite")[-1]["step"] == 3
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_first_step(run_train, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.delattr(train, "get_batch")
+    with pytest.raises(OSError, match="file/run"):
+        run_train("--steps=2", name="file/run")
 
 
 def test_a_run_does_not_go_on_with_other_text(run_train, small_data, tmp_path):
@@ -1855,12 +1865,14 @@ def test_broken_checkpoints(run_train, tmp_path):
     checkpoint = load(tmp_path / "run")
     foreign = {**checkpoint, "config": {**checkpoint["config"], "of_another_version": 1}}
     misshapen = {**checkpoint, "config": {**checkpoint["config"], "n_embd": 32}}
-    for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint", foreign, misshapen, {"model": {}}):
-        if isinstance(broken, bytes):
-            path.write_bytes(broken)
-        else:
-            torch.save(broken, path)
-        with pytest.raises(prepare_data.UserError, match="damaged or not of this version"):
+    partial = {key: value for key, value in checkpoint.items() if key != "meta"}
+    for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        path.write_bytes(broken)
+        with pytest.raises(prepare_data.UserError, match="damaged or no checkpoint"):
+            train.load_checkpoint(tmp_path / "run", "cpu")
+    for broken, reason in ((foreign, "of_another_version"), (misshapen, "size mismatch"), (partial, "meta"), ({}, "")):
+        torch.save(broken, path)
+        with pytest.raises(prepare_data.UserError, match=f"not of this version.*{reason}"):
             train.load_checkpoint(tmp_path / "run", "cpu")
 
 

@@ -210,14 +210,21 @@ def load_checkpoint(out, device):
         raise UserError(f"no checkpoint {path}; train one with `python train.py --out {out}`")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # whatever a truncated or foreign file makes torch.load raise
+        raise UserError(
+            f"{path} is damaged or no checkpoint ({type(error).__name__}); "
+            f"train again with `python train.py --overwrite --out {out}`"
+        ) from error
+    try:
         model = MoD(MoDConfig(**checkpoint["config"])).to(device)
         model.load_state_dict(checkpoint["model"])
         TrainConfig(**checkpoint["train"])
-    except Exception as error:  # whatever a truncated or foreign file makes torch.load raise
-        reason = str(error).strip().split("\n")[0][:200]
+        checkpoint["meta"], checkpoint["step"], checkpoint["optimizers"]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{path} is damaged or not of this version ({type(error).__name__}: {reason}); "
-            f"train again with `python train.py --overwrite --out {out}`"
+            f"{path} is not of this version of mod.py and train.py ({type(error).__name__}: {reason}); "
+            f"go back to that version, or train again with `python train.py --overwrite --out {out}`"
         ) from error
     return model.eval(), checkpoint
 
@@ -239,7 +246,7 @@ def pick_device(name):
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} can't be used here; try --device cpu") from error
@@ -276,6 +283,8 @@ def check(config, world):
             raise UserError(f"--{name} {getattr(config, name)} must be 0 or above")
     if not 0 <= config.seed < 2**31:
         raise UserError(f"--seed {config.seed} must be from 0 to 2**31 - 1")
+    if config.resume and config.overwrite:
+        raise UserError("--resume goes on with the run in --out, --overwrite begins another; give one of them")
     if config.steps is not None and config.flops is not None:
         raise UserError("--steps and --flops are two budgets; give one of them")
     if config.compile and config.device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
@@ -449,6 +458,8 @@ def train(config):
         log.append({"train": dataclasses.asdict(config), "model": dataclasses.asdict(model_config),
                     "params": n_params, "steps": steps, "data_sha256": meta["sha256"],
                     "torch": torch.__version__})  # fmt: skip
+
+    out.mkdir(parents=True, exist_ok=True)  # fails now, if it must, not when there is something to lose
 
     # Ctrl-C and SIGTERM: finish the step, save, and leave.
     stopping = []

@@ -7,7 +7,6 @@ The weights are random, which speed doesn't depend on; each routed block's decis
 share of the tokens that a trained one does, its capacity. Combinations of more than MAX_TOKENS tokens are left out.
 """
 
-import argparse
 import itertools
 import json
 import sys
@@ -19,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mod import MoD, MoDConfig, RoutedBlock  # noqa: E402
-from prepare_data import UserError, run, write_atomic  # noqa: E402
+from prepare_data import Parser, UserError, run, write_atomic  # noqa: E402
 from sample import WARMUP, bench, bench_table  # noqa: E402
 from train import pick_device  # noqa: E402
 
@@ -46,7 +45,7 @@ def key_of(row):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description="Sampling speed over widths, batch sizes and contexts.")
+    parser = Parser(description="Sampling speed over widths, batch sizes and contexts.")
     parser.add_argument("--n_embd", type=int, nargs="+", default=[128, 256, 512, 768], help="multiples of 64")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--context", type=int, nargs="+", default=[128, 1024], help="length of the text at the end")

@@ -7,7 +7,6 @@ The last two are what GPT-2 code without a cache does (nanoGPT's generate, for o
 Writes assets/bench_peers.json.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -20,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.bench import random_model  # noqa: E402
 from mod import MoDConfig  # noqa: E402
-from prepare_data import UserError, run, write_atomic  # noqa: E402
+from prepare_data import Parser, UserError, run, write_atomic  # noqa: E402
 from sample import WARMUP, dense_twin, device_name, generate_without_cache, timed  # noqa: E402
 from train import pick_device  # noqa: E402
 
@@ -44,7 +43,7 @@ def generate_gpt2(model, idx, use_cache=True):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--n_embd", type=int, nargs="+", default=[128, 256, 512, 768], help="multiples of 64")
     parser.add_argument("--n_layer", type=int, default=8)
     parser.add_argument("--context", type=int, default=256, help="length of the text at the end")

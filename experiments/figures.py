@@ -16,7 +16,6 @@ isoflop       loss against parameters at equal training FLOPs, and the lowest ag
 and the last three need a byte-level run.
 """
 
-import argparse
 import json
 import math
 import re
@@ -33,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from experiments.isoflop import COLORS  # noqa: E402
 from experiments.router_stats import KINDS, kinds_of, load, look  # noqa: E402
 from experiments.sweep import read_table  # noqa: E402
-from prepare_data import UserError, load_data, run  # noqa: E402
+from prepare_data import Parser, UserError, load_data, run  # noqa: E402
 from sample import compute_dial, dense_flops  # noqa: E402
 from train import load_checkpoint  # noqa: E402
 
@@ -347,7 +346,7 @@ NEEDS = {
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description="Draw the README's figures.")
+    parser = Parser(description="Draw the README's figures.")
     for name, about in FAMILIES.items():
         parser.add_argument(f"--{name}", type=Path, default=ROOT / "out" / name, help=f"folder of {about}")
     parser.add_argument("--assets", type=Path, default=ROOT / "assets", help="tables and figures")

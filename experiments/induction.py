@@ -6,7 +6,6 @@ A model with induction heads (Olsson et al., arXiv:2209.11895) copies what it ha
 reading. Whether these heads have formed explains the differences between seeds better than anything about routing.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from prepare_data import load_data, run  # noqa: E402
+from prepare_data import Parser, load_data, run  # noqa: E402
 from train import load_checkpoint, spread_windows  # noqa: E402
 
 
@@ -34,7 +33,7 @@ def losses(model, data, tokens=2**13):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description="Loss at first and second reading.")
+    parser = Parser(description="Loss at first and second reading.")
     parser.add_argument("out", nargs="+", help="folders of runs")
     print("| run | first reading | second reading |\n| --- | --- | --- |")
     for out in parser.parse_args(argv).out:

@@ -8,7 +8,6 @@ On the validation tokens that train.py watches during a byte-level run. "Taken" 
 nats, is that of the prediction made at it.
 """
 
-import argparse
 import keyword
 import math
 import re
@@ -21,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mod import Route, RoutedBlock  # noqa: E402
-from prepare_data import UserError, load_data, run  # noqa: E402
+from prepare_data import Parser, UserError, load_data, run  # noqa: E402
 from train import EVAL_TOKENS, load_checkpoint, spread_windows  # noqa: E402
 
 KINDS = {  # of bytes: the first pattern that matches
@@ -91,7 +90,7 @@ def percent(mask):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description="Which tokens do the routers of a checkpoint take?")
+    parser = Parser(description="Which tokens do the routers of a checkpoint take?")
     parser.add_argument("out", nargs="?", default="out/mod", help="folder of the checkpoint")
     parser.add_argument("--dense", help="folder of a dense model: hard is what has a high loss under it")
     parser.add_argument("--other", help="folder of a checkpoint whose choice is compared with this one's")

@@ -6,7 +6,6 @@
 Forward, backward and optimizer, the two models in turn, medians. Writes assets/step_time.json.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -20,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mod import MoD, MoDConfig, choice_loss  # noqa: E402
-from prepare_data import run, write_atomic  # noqa: E402
+from prepare_data import Parser, run, write_atomic  # noqa: E402
 from sample import device_name, synchronize  # noqa: E402
 from train import make_optimizers, pick_device, step_flops  # noqa: E402
 
@@ -51,7 +50,7 @@ def stepper(config, batch_size, device, compiled):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description="Training step time, MoD over dense.")
+    parser = Parser(description="Training step time, MoD over dense.")
     parser.add_argument("--n_embd", type=int, nargs="+", default=[128, 256, 512], help="multiples of 64")
     parser.add_argument("--n_layer", type=int, default=8)
     parser.add_argument("--block_size", type=int, default=256)
