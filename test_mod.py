@@ -1711,8 +1711,8 @@ def test_optimizers_and_schedule():
     scale = {id(p): group["scale"] for group in groups for p in group["params"]}
     routed = routed_blocks(model)
     assert {scale[id(block.router.weight)] for block in routed} == {0.1}
-    assert {scale[id(p)] for block in routed for p in block.block.parameters()} == {train.ROUTED_LR_SCALE}
-    assert {scale[id(p)] for p in (*dense, *routed[0].predictor.parameters(), model.mix)} == {1}
+    others = [p for name, p in model.named_parameters() if not name.endswith("router.weight")]
+    assert {scale[id(p)] for p in others} == {1}
     assert all(p.dim() >= 2 for group in groups for p in group["params"] if group["weight_decay"])
     every_block = mod.MoD(mod.MoDConfig(**SMALL, route_every=1))
     assert [type(optimizer) for optimizer in train.make_optimizers(every_block, 0.1, 0.3)] == [torch.optim.AdamW]

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mod import MoD, MoDConfig, choice_loss
+from mod import Block, MoD, MoDConfig, choice_loss
 from prepare_data import UserError, get_tokenizer, load_data, make_parser, prepare, run, write_atomic
 
 # None in TrainConfig below is filled in from here. cpu: minutes on two cores. gpu: nanoGPT's baby GPT and a bit.
@@ -107,44 +107,38 @@ def get_batch(data, block_size, batch_size, seed, step):
     return tokens[:, :-1], tokens[:, 1:]
 
 
-BLOCK_MATRICES = ("qkv.weight", "out.weight", "up.weight", "down.weight")
-ROUTED_LR_SCALE = 0.25  # of the body's learning rate, for the matrices of the routed blocks
-
-
-def block_matrices(model):
-    """Two lists of parameters: the matrices of the dense blocks, and those of the routed ones."""
-    matrices = [(name, p) for name, p in model.named_parameters() if name.endswith(BLOCK_MATRICES)]
-    dense = [p for name, p in matrices if ".block." not in name]
-    return dense, [p for name, p in matrices if ".block." in name]
+def muon_matrices(model):
+    """The matrices of the dense blocks, a list of parameters."""
+    dense = (block for block in model.blocks if isinstance(block, Block))
+    return [p for block in dense for p in block.parameters()]
 
 
 def make_optimizers(model, router_lr_scale, weight_decay):
     """Muon for the matrices of the dense blocks, AdamW for the rest; "scale" multiplies a group's learning rate.
 
     Muon costs the same whatever the batch: little for a block that sees every token, twice the block's own FLOPs for
-    one that sees an eighth. README compares, and tells why routers and routed blocks learn slower.
+    one that sees an eighth. README compares, and tells why routers learn slower.
     """
-    dense, routed = block_matrices(model)
-    named = dict(model.named_parameters())
-    router = [p for name, p in named.items() if ".router." in name]
-    rest = [p for name, p in named.items() if ".router." not in name and not name.endswith(BLOCK_MATRICES)]
+    muon = muon_matrices(model)
+    of_muon = set(map(id, muon))
+    rest = [(name, p) for name, p in model.named_parameters() if id(p) not in of_muon]
+    body = [p for name, p in rest if ".router." not in name]
     groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay, "scale": 1.0},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "scale": 1.0},
-        {"params": router, "weight_decay": 0.0, "scale": router_lr_scale},
-        {"params": routed, "weight_decay": weight_decay, "scale": ROUTED_LR_SCALE},
+        {"params": [p for p in body if p.dim() >= 2], "weight_decay": weight_decay, "scale": 1.0},
+        {"params": [p for p in body if p.dim() < 2], "weight_decay": 0.0, "scale": 1.0},
+        {"params": [p for name, p in rest if ".router." in name], "weight_decay": 0.0, "scale": router_lr_scale},
     ]
     fused = next(model.parameters()).device.type in ("cuda", "cpu")
     adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=fused)
-    if not dense:  # every block is routed
+    if not muon:  # every block is routed
         return [adamw]
-    groups = [{"params": dense, "scale": 1.0}]
+    groups = [{"params": muon, "scale": 1.0}]
     return [torch.optim.Muon(groups, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
 def step_flops(model, tokens):
     """FLOPs of a training step: 3 x forward, and Muon's five Newton-Schulz iterations, whatever the batch."""
-    muon = sum(5 * (4 * m * m * n + 2 * m**3) for m, n in (sorted(p.shape) for p in block_matrices(model)[0]))
+    muon = sum(5 * (4 * m * m * n + 2 * m**3) for m, n in (sorted(p.shape) for p in muon_matrices(model)))
     return 3 * model.config.flops_per_token(model.config.block_size) * tokens + muon
 
 

@@ -132,20 +132,13 @@ def straight_through():
     mod.RoutedBlock.gate = gate
 
 
-def routed_lr(scale):
-    train.ROUTED_LR_SCALE = scale
+def muon_for_all():
+    """Muon for the matrices of routed blocks as well. (A budget counts its FLOPs.)"""
+    train.muon_matrices = lambda model: [p for b in model.blocks for p in getattr(b, "block", b).parameters()]
 
 
-def optimizer_for_all(name):
-    """ "muon" or "adamw", at the body's learning rate, for the matrices of all blocks, routed or not."""
-    block_matrices = train.block_matrices
-
-    def changed(model):  # Muon takes the first list, and a budget counts its FLOPs; AdamW takes the second
-        matrices = sum(block_matrices(model), [])
-        return (matrices, []) if name == "muon" else ([], matrices)
-
-    train.block_matrices = changed
-    train.ROUTED_LR_SCALE = 1.0
+def muon_for_none():
+    train.muon_matrices = lambda model: []
 
 
 def no_mix():
@@ -181,9 +174,9 @@ VARIANTS = {  # name: (flags, patch or None)
     "no_mix_dense_half": ({"capacity": 1, "n_layer": 4}, no_mix),
     "all_pairs_turn": ({}, all_pairs_turn),
     "all_pairs_turn_dense_half": ({"capacity": 1, "n_layer": 4}, all_pairs_turn),
-    "muon": ({}, lambda: optimizer_for_all("muon")),
-    "adamw": ({}, lambda: optimizer_for_all("adamw")),
-    "adamw_dense_half": ({"capacity": 1, "n_layer": 4}, lambda: optimizer_for_all("adamw")),
+    "muon": ({}, muon_for_all),
+    "adamw": ({}, muon_for_none),
+    "adamw_dense_half": ({"capacity": 1, "n_layer": 4}, muon_for_none),
     "detached": ({}, detached),
     "noise_30_centred": ({}, lambda: (noise_until(0.3), centred())),
     "centred": ({}, centred),
@@ -197,9 +190,6 @@ VARIANTS = {  # name: (flags, patch or None)
     "router_lr_1": ({"router_lr_scale": 1}, None),
     "router_lr_0.03": ({"router_lr_scale": 0.03}, None),
     "router_lr_0": ({"router_lr_scale": 0}, None),
-    "routed_lr_1": ({}, lambda: routed_lr(1.0)),
-    "routed_lr_0.5": ({}, lambda: routed_lr(0.5)),
-    "routed_lr_0.1": ({}, lambda: routed_lr(0.1)),
     "capacity_0.0625": ({"capacity": 0.0625}, None),
     "capacity_0.25": ({"capacity": 0.25}, None),
     "capacity_0.5": ({"capacity": 0.5}, None),
