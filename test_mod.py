@@ -2192,38 +2192,35 @@ def test_the_compute_dial(run_dir):
 
 
 def lookups(n, seed):
-    """n times a question mark, its answer, six dots. An answer follows from the two before it by a table of 64 random
-    entries, but for a tenth of them: work for the answer before or the question mark, and none for the dots."""
+    """n times two letters, a question mark, the pair's entry in a table of 64 random ones, four dots. Only a question
+    mark has something to work out: letters can't be foreseen, and all the rest is known."""
     names = "ABCDEFGH"
     fixed, draw = random.Random(0), random.Random(seed)
     table = {(a, b): fixed.choice(names) for a in names for b in names}
-    text, last, this = [], "A", "A"
-    for _ in range(n):
-        last, this = this, table[last, this] if draw.random() < 0.9 else draw.choice(names)
-        text.append(f"?{this}......")
-    return "".join(text)
+    pairs = [(draw.choice(names), draw.choice(names)) for _ in range(n)]
+    return "".join(f"{a}{b}?{table[a, b]}...." for a, b in pairs)
 
 
 @pytest.mark.slow
 def test_routers_find_the_tokens_that_need_them(tmp_path):
-    """In every seed, with train.py's defaults: some block spends nearly all on question marks and answers, which are a
-    quarter of the text, and the loss is below random routing's."""
+    """In every seed, with train.py's defaults but every block routed, so that nobody else does the work: some block
+    takes the question marks far more often than by chance, 1/8, and the loss is below random routing's."""
     (tmp_path / "text").write_text(lookups(100_000, seed=1), encoding="utf-8")
     data = prepare(inputs=[tmp_path / "text"], out=tmp_path / "data")
-    shape = ["--n_layer=6", "--n_head=2", "--n_embd=32", "--block_size=64", "--batch_size=16", "--device=cpu"]
+    shape = ["--n_layer=3", "--route_every=1", "--n_head=2", "--n_embd=32", "--block_size=64", "--batch_size=16"]
 
     def ended(seed, routing):
         out = tmp_path / f"{routing}{seed}"
-        train.main([*shape, f"--data={data}", f"--out={out}", f"--seed={seed}", f"--routing={routing}", "--steps=300"])
+        flags = [f"--data={data}", f"--out={out}", f"--seed={seed}", f"--routing={routing}", "--device=cpu"]
+        train.main([*shape, *flags, "--steps=600"])
         return load_checkpoint(out, "cpu")[0], json.loads((out / "log.jsonl").read_text("utf-8").splitlines()[-1])
 
     x = train.spread_windows(load_data(data)[1], 64, 2**13)[:, :-1]
     for seed in range(3):
         model, learned = ended(seed, "topk")
-        taken = model(x)[2].taken
-        spent = (taken & (x != ord("."))).sum((1, 2)) / taken.sum((1, 2))
-        assert spent.max() > 0.9
-        assert learned["val_topk"] < 0.92 * ended(seed, "random")[1]["val_topk"]  # the predictor needs longer
+        found = (model(x)[2].taken & (x == ord("?"))).sum((1, 2)) / (x == ord("?")).sum()
+        assert found.max() > 0.4
+        assert max(learned["val_topk"], learned["val_causal"]) < 0.95 * ended(seed, "random")[1]["val_topk"]
 
 
 # ---------------------------------------------------------------------------------------------------------
