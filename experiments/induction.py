@@ -35,11 +35,12 @@ def losses(model, data, tokens=2**13):
 def main(argv):
     parser = Parser(description="Loss at first and second reading.")
     parser.add_argument("out", nargs="+", help="folders of runs")
-    print("| run | first reading | second reading |\n| --- | --- | --- |")
+    rows = ["| run | first reading | second reading |", "| --- | --- | --- |"]
     for out in parser.parse_args(argv).out:
         model, checkpoint = load_checkpoint(out, "cpu")
         first, second = losses(model, load_data(checkpoint["train"]["data"])[1])
-        print(f"| {Path(out).name} | {first:.3f} | {second:.3f} |")
+        rows.append(f"| {Path(out).name} | {first:.3f} | {second:.3f} |")
+    print("\n".join(rows))
 
 
 if __name__ == "__main__":
