@@ -213,7 +213,7 @@ def load_checkpoint(out, device):
         model = MoD(MoDConfig(**checkpoint["config"])).to(device)
         model.load_state_dict(checkpoint["model"])
         TrainConfig(**checkpoint["train"])
-        checkpoint["meta"], checkpoint["step"], checkpoint["optimizers"]
+        checkpoint["meta"], checkpoint["step"]
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
