@@ -1870,7 +1870,12 @@ def test_broken_checkpoints(run_train, tmp_path):
         path.write_bytes(broken)
         with pytest.raises(prepare_data.UserError, match="damaged or no checkpoint"):
             train.load_checkpoint(tmp_path / "run", "cpu")
-    for broken, reason in ((foreign, "of_another_version"), (misshapen, "size mismatch"), (partial, "meta"), ({}, "")):
+    for broken, reason in (
+        (foreign, "of_another_version"),
+        (misshapen, "size mismatch"),
+        (partial, "meta"),
+        ({"model": {}}, ""),
+    ):
         torch.save(broken, path)
         with pytest.raises(prepare_data.UserError, match=f"not of this version.*{reason}"):
             train.load_checkpoint(tmp_path / "run", "cpu")

@@ -147,7 +147,7 @@ def no_mix():
 
     def changed(model, config):
         init(model, config)
-        model.mix.data = torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(config.n_embd, -1)
+        model.mix.data[:] = torch.tensor([0.0, 0.0, 0.0, 1.0])
         model.mix.requires_grad_(False)
 
     mod.MoD.__init__ = changed

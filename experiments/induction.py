@@ -3,7 +3,7 @@
     python experiments/induction.py out/ablate/*2e+13*
 
 A model with induction heads (Olsson et al., arXiv:2209.11895) copies what it has read: its loss falls at the second
-reading. Whether these heads have formed explains the differences between seeds better than anything about routing.
+reading. Where some runs have these heads and others don't, that weighs more than anything about routing.
 """
 
 import sys
