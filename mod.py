@@ -295,8 +295,8 @@ class RoutedBlock(nn.Module):
         idx_BKC = idx_BK[..., None].expand(-1, -1, C)
         rope_taken = rope[:, idx_BK][:, :, None]  # (2, B, 1, k, D): the angles of the tokens' real positions
         remember = partial(cache.fill, length=count) if cache is not None else None
-        delta_BKC = self.block(x.gather(1, idx_BKC), rope_taken, remember)
-        return x.scatter_add(1, idx_BKC, gate_BK[..., None] * delta_BKC), route
+        delta_BKC = gate_BK[..., None] * self.block(x.gather(1, idx_BKC), rope_taken, remember)
+        return x.scatter_add(1, idx_BKC, delta_BKC.to(x.dtype)), route
 
     def step(self, x, rope, threshold, cache):
         """The causal choice for one new token a row, x (B, 1, C), rope (2, 1, D); rows that skip pay for score only."""
@@ -308,7 +308,8 @@ class RoutedBlock(nn.Module):
             return x, route
         idx_R = torch.tensor(rows, device=x.device)
         delta = self.block(x[idx_R], rope[:, None, None], partial(cache.append, rows=rows))  # (R, 1, C)
-        return x.index_add(0, idx_R, self.gate(r[idx_R])[..., None] * delta), route
+        delta = self.gate(r[idx_R])[..., None] * delta
+        return x.index_add(0, idx_R, delta.to(x.dtype)), route
 
 
 def choice_loss(route):
@@ -353,7 +354,8 @@ class MoD(nn.Module):
         Top-k routing, unless causal: then a token is taken if its logit exceeds threshold; a higher one spends less.
         A cache (see new_cache) implies causal. With it, idx is the text so far, of which the cache has seen the first
         start tokens: none (a prompt) or all but one. T counts the others, and the logits are the last one's only.
-        Weights are float32. Under autocast, matrix products may be in bfloat16, but not with a cache.
+        Routers and predictors are float32; all other weights may be bfloat16, and so is then what a cache holds. Under
+        autocast matrix products alone are: for training, not with a cache.
         """
         causal = causal or cache is not None  # top-k would need the future
         x = self.embed(idx, start)

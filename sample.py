@@ -48,6 +48,7 @@ class SampleConfig:
     html: str | None = option(None, "write a page to explore to this file, too")
     bench: bool = option(False, "measure speed and the compute dial instead; writes bench.json into out")
     device: str | None = option(None, "cuda, mps or cpu (default: the best there is)")
+    dtype: str = option("float32", "of the weights and the KV cache", ("float32", "bfloat16"))
 
 
 def check(config):
@@ -115,6 +116,14 @@ def draw(model, prompt, config, text):
         waiting = [(id, logits[0].float().softmax(dim=-1)[id].item())]
     text.tokens.append(Token(*waiting[0], None))
     yield text.tokens[-1]
+
+
+def to_bfloat16(model):
+    """The model, its weights now in bfloat16; but those that decide stay in float32, as they were trained."""
+    for name, p in model.named_parameters():
+        if ".router." not in name and ".predictor." not in name:
+            p.data = p.data.bfloat16()
+    return model
 
 
 def read_prompt(text, tokenizer, vocab_size):
@@ -259,7 +268,7 @@ def computing_all(model):
 
 def dense_twin(model):
     """A dense model of the same shape and with the same weights, of which it has no router's or predictor's."""
-    twin = MoD(dataclasses.replace(model.config, capacity=1.0)).to(model.rope.device).eval()
+    twin = MoD(dataclasses.replace(model.config, capacity=1.0)).to(model.embedding.weight).eval()
     weights = {name.replace(".block.", "."): weight for name, weight in model.state_dict().items()}
     twin.load_state_dict(weights, strict=False)
     return twin
@@ -428,6 +437,8 @@ def main(argv):
     check(config)
     sys.stdout.reconfigure(encoding="utf-8")  # Windows has another default
     model, checkpoint = load_checkpoint(config.out, pick_device(config.device))
+    if config.dtype == "bfloat16":
+        model = to_bfloat16(model)
     tokenizer = get_tokenizer(checkpoint["meta"]["tokenizer"])
     n_routed = sum(map(model.config.is_routed, range(model.config.n_layer)))
     if not n_routed and (config.show_depth or config.html or config.bench):

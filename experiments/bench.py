@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from mod import MoD, MoDConfig, RoutedBlock  # noqa: E402
 from prepare_data import Parser, UserError, run, write_atomic  # noqa: E402
-from sample import WARMUP, bench, bench_table  # noqa: E402
+from sample import WARMUP, bench, bench_table, to_bfloat16  # noqa: E402
 from train import pick_device  # noqa: E402
 
 MAX_TOKENS = 2**14  # of a batch and its context; the prompts alone would take minutes
@@ -28,7 +28,8 @@ MAX_TOKENS = 2**14  # of a batch and its context; the prompts alone would take m
 @torch.no_grad()
 def random_model(config, device):
     """A model with random weights, none of them zero, whose routed blocks take `capacity` of random tokens."""
-    model = MoD(config).to(device).eval()
+    with torch.device(device):
+        model = MoD(config).eval()
     for p in model.parameters():
         if p.dim() == 2:
             p.normal_(std=p.size(-1) ** -0.5)
@@ -53,6 +54,7 @@ def main(argv):
     parser.add_argument("--num_tokens", type=int, default=64, help="steps timed in each of the rounds")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "bench.json")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
@@ -66,6 +68,8 @@ def main(argv):
         torch.manual_seed(0)
         config = MoDConfig(block_size=context, n_layer=args.n_layer, n_head=n_embd // 64, n_embd=n_embd)
         model = random_model(config, device)
+        if args.dtype == "bfloat16":
+            model = to_bfloat16(model)
         for batch in args.batch:
             if batch * context > MAX_TOKENS:
                 continue

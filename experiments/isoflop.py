@@ -6,7 +6,7 @@
 
 A shape is LAYERSxWIDTH. Every run is a train.py run, resumed where it was stopped, and one line of
 assets/isoflop.csv; runs that stand there are not done again. "best" as the only shape takes each family's
-lowest so far (of seed 0), to confirm it with more seeds.
+lowest so far (of seed 0), to confirm it with more seeds. On a machine with a GPU the runs are done there.
 """
 
 import argparse
@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments.sweep import read_table, sweep  # noqa: E402
+from prepare_data import load_data, prepare  # noqa: E402
+from train import TrainConfig  # noqa: E402
 
 TABLE = ROOT / "assets" / "isoflop.csv"
 FAMILIES = {"dense": ["--capacity=1"], "mod": [], "random": ["--routing=random"]}
@@ -29,9 +31,11 @@ SHAPES = {  # a MoD model of 2N blocks costs about what its N unrouted blocks co
 COLORS = {"dense": "#4477aa", "mod": "#cc3311", "random": "#999933"}
 
 
-def job(family, budget, shape, seed, batch_size, lr):
+def job(family, budget, shape, seed, batch_size, lr, data, sha256):
     layers, width = map(int, shape.split("x"))
     out = ROOT / "out" / "isoflop" / f"{family}-{budget:g}-{shape}-{batch_size}-{lr:g}-{seed}"
+    if data != TrainConfig.data:
+        out = out.with_name(f"{out.name}-{Path(data).name}")
     return {
         "key": {
             "family": family,
@@ -40,12 +44,13 @@ def job(family, budget, shape, seed, batch_size, lr):
             "batch_size": batch_size,
             "lr": f"{lr:g}",
             "seed": seed,
+            "data_sha256": sha256,
         },
         "out": out,
         "command": [
             "train.py", "--preset=cpu", *FAMILIES[family], f"--n_layer={layers}", f"--n_embd={width}",
             f"--n_head={max(2, width // 32)}", f"--batch_size={batch_size}", f"--lr={lr}", f"--seed={seed}",
-            f"--flops={budget}", f"--out={out}",
+            f"--flops={budget}", f"--out={out}", f"--data={data}",
         ],
     }  # fmt: skip
 
@@ -60,13 +65,15 @@ def row_of(job, log):
         "val_topk": f"{last['val_topk']:.4f}",
         "val_causal": f"{last['val_causal']:.4f}",
         "wall_s": f"{last['timing']['seconds']:.0f}",
-        "data_sha256": header["data_sha256"][:12],
+        "device": header["train"]["device"],
+        "torch": header["torch"],
     }
 
 
-def lowest(rows, family, budget):
-    """The shape, batch size and learning rate of the lowest causal loss at seed 0."""
+def lowest(rows, family, budget, sha256):
+    """The shape, batch size and learning rate of the lowest causal loss at seed 0 on that text."""
     rows = [r for r in rows if r["family"] == family and float(r["budget"]) == budget and r["seed"] == "0"]
+    rows = [r for r in rows if r["data_sha256"] == sha256]
     row = min(rows, key=lambda r: float(r["val_causal"]))
     return row["shape"], int(row["batch_size"]), float(row["lr"])
 
@@ -79,19 +86,23 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--data", default=TrainConfig.data, help="folder that prepare_data.py wrote")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     rows = read_table(TABLE)
+    if args.data == TrainConfig.data and not (ROOT / args.data).exists():
+        prepare(out=ROOT / args.data)
+    sha256 = load_data(ROOT / args.data)[2]["sha256"][:12]
     jobs = []
     for budget in args.budgets:
         for seed in args.seeds:
             for family in args.families:
                 if args.shapes == ["best"]:
-                    shape, batch_size, lr = lowest(rows, family, budget)
-                    jobs.append(job(family, budget, shape, seed, batch_size, lr))
+                    shape, batch_size, lr = lowest(rows, family, budget, sha256)
+                    jobs.append(job(family, budget, shape, seed, batch_size, lr, args.data, sha256))
                     continue
                 for shape in args.shapes or SHAPES[family]:
-                    jobs.append(job(family, budget, shape, seed, args.batch_size, args.lr))
+                    jobs.append(job(family, budget, shape, seed, args.batch_size, args.lr, args.data, sha256))
     sweep(jobs, TABLE, row_of, args.processes)
 
 

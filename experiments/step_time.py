@@ -3,7 +3,7 @@
     python experiments/step_time.py                                     n_embd 128, 256 and 512 at 4,096 tokens a step
     python experiments/step_time.py --device cuda --compile --n_embd 768 --batch_size 64
 
-Forward, backward and optimizer, the two models in turn, medians. Writes assets/step_time.json.
+Forward, backward and optimizer, the two models in turn, medians. Writes assets/step_time.json, or --out.
 """
 
 import json
@@ -58,6 +58,7 @@ def main(argv):
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--out", type=Path, default=ROOT / "assets" / "step_time.json")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     rows = []
@@ -87,7 +88,7 @@ def main(argv):
             f"{row['dense_s']:.3f} s; ratio {ratio:.3f}, of FLOPs {row['flops_ratio']:.3f}, "
             f"{ratio / row['flops_ratio']:.3f} x"
         )
-    with write_atomic(ROOT / "assets" / "step_time.json") as file:
+    with write_atomic(args.out) as file:
         file.write(json.dumps({"rows": rows}, indent=2).encode() + b"\n")
 
 
