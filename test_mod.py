@@ -57,6 +57,7 @@ from sample import (
     dense_twin,
     draw,
     read_prompt,
+    to_bfloat16,
     token_bytes,
     visible,
 )
@@ -2126,6 +2127,32 @@ def test_the_page_shows_a_tokens_route_when_it_is_pointed_at(run_dir, tmp_path, 
             assert cells[4 * j : 4 * j + 4] == [*expected, "processed" if taken[j] else "skipped"]
 
 
+@torch.no_grad()
+def test_sampling_in_bfloat16_equals_one_shot_and_decides_in_float32():
+    """Trap: routers and predictors in bfloat16 tie and flip. What is cached has the dtype of the other weights."""
+    for seed in range(50):
+        model, idx = to_bfloat16(redrawn(seed)), tokens(2, 12, seed)
+        expected, route = one_shot(model, idx)
+        if is_decided(route) and route.logit.abs().min() > 0.03:  # more than bfloat16 rounds off
+            break
+    logits, taken, cache = step_by_step(model, idx, 5)
+    assert torch.equal(taken, route.taken)
+    close(logits.float(), expected[:, 4:].float(), atol=0.1)
+    assert expected.std() > 0.5  # against which that is little
+    assert route.weight.dtype == route.logit.dtype == torch.float32 and route.logit.unique().numel() > 40
+    assert expected.dtype == torch.bfloat16 and all(kv.k.dtype == kv.v.dtype == torch.bfloat16 for kv in cache)
+
+
+def test_dtype_bfloat16_halves_the_kv_cache(run_dir, capfdbinary):
+    used = []
+    for dtype in ("float32", "bfloat16"):
+        _, said = sampled(
+            run_dir, capfdbinary, "--dtype", dtype, "--num_tokens", "1", "--prompt", "return x", "--show_depth"
+        )
+        used.append(int(re.search(rb"([\d,]+) bytes of KV cache", said)[1].replace(b",", b"")))
+    assert used[0] == 2 * used[1] > 0
+
+
 @torch.inference_mode()
 def test_the_bench_computes_every_block_and_throws_the_result_away(run_dir):
     """Its second way must do a dense model's work, in prompt and steps, and change only what the fast path changes."""
@@ -2147,9 +2174,13 @@ def test_the_bench_computes_every_block_and_throws_the_result_away(run_dir):
 
 
 @torch.inference_mode()
-def test_the_benchs_dense_model_is_one_of_the_same_weights(run_dir):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_benchs_dense_model_is_one_of_the_same_weights(run_dir, dtype):
     model, _ = load_checkpoint(run_dir, "cpu")
+    if dtype == torch.bfloat16:
+        model = to_bfloat16(model)
     dense = dense_twin(model)
+    assert {weight.dtype for weight in dense.state_dict().values()} == {dtype}
     assert not any(isinstance(block, RoutedBlock) for block in dense.blocks)
     weights = model.state_dict()
     for name, weight in dense.state_dict().items():
