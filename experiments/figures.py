@@ -20,7 +20,7 @@ import json
 import math
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -296,42 +296,53 @@ def ablations(args):
     return figure
 
 
+def label(budget):
+    return f"{budget:.0e}".replace("+", "")
+
+
 def isoflop(args):
-    """Causal loss of each shape at each budget, and each family's lowest: the mean over seeds, bars for their range."""
+    """Causal loss of each shape at each budget; the lowest of each family (of the shapes with most seeds: their mean,
+    bars for their range); the same relative to dense. All of the text that most runs read."""
     runs = defaultdict(list)
-    for row in read_table(args.assets / "isoflop.csv"):
+    rows = read_table(args.assets / "isoflop.csv")
+    text = Counter(row["data_sha256"] for row in rows).most_common(1)[0][0]
+    for row in (row for row in rows if row["data_sha256"] == text):
         key = row["family"], float(row["budget"]), row["shape"], row["batch_size"], row["lr"]
-        runs[key].append((int(row["params"]), float(row["val_causal"])))
+        runs[key].append((int(row["params"]) / 1000, float(row["val_causal"])))
     budgets = sorted({key[1] for key in runs})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), width_ratios=(2, 1.5, 1.5))
+    baseline = {}  # by budget; dense comes first
     for family, name in FAMILIES.items():
         lowest = []
-        for budget, marker in zip(budgets, "osD^v", strict=False):
+        for budget in budgets:
             points = {key: [loss for _, loss in run] for key, run in runs.items() if key[:2] == (family, budget)}
             if not points:  # not run yet
                 continue
             mean = {key: np.mean(losses) for key, losses in points.items()}
-            curve = sorted((runs[key][0][0], mean[key]) for key in points)
-            style = {
-                "marker": marker,
-                "ms": 5,
-                "color": COLORS[family],
-                "label": f"{name}, {budget:.0e}".replace("+", ""),
-            }
-            left.plot(*zip(*curve, strict=True), **style)
+            for width in {key[2].split("x")[1] for key in points}:
+                curve = sorted((runs[key][0][0], mean[key]) for key in points if key[2].endswith(f"x{width}"))
+                left.plot(*zip(*curve, strict=True), marker="o", ms=4, color=COLORS[family])
             best = min((key for key in points if len(points[key]) == max(map(len, points.values()))), key=mean.get)
+            if family == "dense":
+                left.text(runs[best][0][0], mean[best] - 0.006, label(budget), ha="center", va="top", fontsize=8)
             lowest.append((budget, mean[best], mean[best] - min(points[best]), max(points[best]) - mean[best]))
-        x, y, down, up = zip(*lowest, strict=True)
-        right.errorbar(x, y, yerr=(down, up), marker="o", ms=4, color=COLORS[family], capsize=3, label=name)
-    left.set(
-        xlabel="parameters", ylabel="causal validation loss (nats per byte)", title="Every shape, by training FLOPs"
-    )
-    right.set(xlabel="training FLOPs", xscale="log", title="The lowest of each family, with the range of its seeds")
-    right.set_xticks(budgets, [f"{budget:.0e}".replace("+", "") for budget in budgets], minor=False)
-    right.set_xticks([], minor=True)
-    left.legend(fontsize=7, ncols=3)
-    right.legend()
-    for axis in (left, right):
+            baseline.setdefault(budget, mean[best])
+        x, y, down, up = np.array(lowest).T
+        style = {"marker": "o", "ms": 4, "color": COLORS[family], "capsize": 3, "label": name}
+        middle.errorbar(x, y, yerr=(down, up), **style)
+        percent = np.array([baseline[budget] / 100 for budget in x])
+        right.errorbar(x, y / percent - 100, yerr=(down / percent, up / percent), **style)
+    left.set(xlabel="thousands of parameters", ylabel="causal validation loss (nats per byte)", title="Each shape")
+    left.set_xlim(left=0)
+    middle.set(xlabel="training FLOPs", xscale="log", yscale="log", title="Lowest of each family")
+    middle.yaxis.set_major_formatter("{x:.2f}")
+    middle.yaxis.set_minor_formatter("{x:.2f}")
+    right.set(xlabel="training FLOPs", xscale="log", ylabel="loss above dense's (%)", title="The same, beside dense")
+    for axis in (middle, right):
+        axis.set_xticks(budgets, list(map(label, budgets)), minor=False)
+        axis.set_xticks([], minor=True)
+    middle.legend()
+    for axis in (left, middle, right):
         axis.grid(color=PALE)
     return figure
 
