@@ -20,6 +20,7 @@ import os
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -432,6 +433,30 @@ def bench_checkpoint(model, prompt, config, data):
 # The command
 
 
+def write_texts(model, prompt, tokenizer, config, view):
+    """Draw config.num_samples texts after prompt, a list of ids, to standard output as they come. Returns the Texts."""
+    texts = []
+    for i in range(config.num_samples):
+        if config.num_samples > 1:
+            print(f"--- {i + 1} of {config.num_samples}, seed {config.seed + i}", file=sys.stderr, flush=True)
+        torch.manual_seed(config.seed + i)
+        decoder = utf8_decoder()
+        texts.append(Text())
+        for token in draw(model, prompt, config, texts[-1]):
+            piece = decoder.decode(token_bytes(tokenizer, token.id))
+            if view:
+                view.show(piece, None if token.route is None else int(token.route[0].sum()))
+            elif token.probability is not None or token.id != tokenizer.eot_token:
+                sys.stdout.write(piece)  # but not the end-of-text that stands for an empty prompt
+            sys.stdout.flush()
+        if view:
+            view.end()
+        else:
+            sys.stdout.write(decoder.decode(b"", final=True))
+        print(flush=True)
+    return texts
+
+
 def main(argv):
     config = SampleConfig(**vars(make_parser(SampleConfig, "Sample from a checkpoint.").parse_args(argv)))
     check(config)
@@ -452,30 +477,12 @@ def main(argv):
     if config.show_depth:
         view = DepthView(n_routed, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
         print(view.legend(), file=sys.stderr)
-    texts = []
-    for i in range(config.num_samples):
-        if config.num_samples > 1:
-            print(f"--- {i + 1} of {config.num_samples}, seed {config.seed + i}", file=sys.stderr, flush=True)
-        torch.manual_seed(config.seed + i)
-        decoder = utf8_decoder()
-        texts.append(Text())
-        for token in draw(model, prompt, config, texts[-1]):
-            piece = decoder.decode(token_bytes(tokenizer, token.id))
-            if view:
-                view.show(piece, None if token.route is None else int(token.route[0].sum()))
-            elif token.probability is not None or token.id != tokenizer.eot_token:
-                sys.stdout.write(piece)  # but not the end-of-text that stands for an empty prompt
-            sys.stdout.flush()
-        if view:
-            view.end()
-        else:
-            sys.stdout.write(decoder.decode(b"", final=True))
-        print(flush=True)
-    report(model, texts)
-    if config.html:
-        page = html_page(model, tokenizer, texts, config.out)
-        with write_atomic(config.html) as file:
-            file.write(page.encode())
+    # Opened before the first token is drawn: a page that can't be written should not cost the texts.
+    with write_atomic(config.html) if config.html else nullcontext() as page:
+        texts = write_texts(model, prompt, tokenizer, config, view)
+        report(model, texts)
+        if page:
+            page.write(html_page(model, tokenizer, texts, config.out).encode())
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1968,6 +1968,12 @@ def test_no_prompt_means_end_of_text_which_is_not_printed(run_dir, capfdbinary):
     assert out.decode() == bytes(t.id for t in text.tokens[1:]).decode("utf-8", "replace") + os.linesep
 
 
+def test_a_page_that_cannot_be_written_is_found_out_before_the_first_token(run_dir, capfd):
+    with pytest.raises(OSError, match="ckpt.pt"):
+        sample_main(["--out", str(run_dir), "--html", str(run_dir / "ckpt.pt" / "page.html"), "--device", "cpu"])
+    assert capfd.readouterr().out == ""
+
+
 def test_samples_differ_by_their_seeds_alone(run_dir, capfdbinary):
     flags = ("--prompt", "ab", "--num_tokens", "10")
     both, said = sampled(run_dir, capfdbinary, *flags, "--num_samples", "2", "--seed", "3")
