@@ -1703,7 +1703,7 @@ def test_batches_are_fixed_by_seed_and_step():
 
 def test_optimizers_and_schedule():
     model = mod.MoD(mod.MoDConfig(n_layer=4, n_embd=16, n_head=2))
-    muon, adamw = train.make_optimizers(model, router_lr_scale=0.1, weight_decay=0.3)
+    muon, adamw = train.make_optimizers(model, router_lr_scale=0.1, routed_lr_scale=0.5, weight_decay=0.3)
     groups = [*muon.param_groups, *adamw.param_groups]
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(map(id, model.parameters()))
@@ -1712,11 +1712,14 @@ def test_optimizers_and_schedule():
     scale = {id(p): group["scale"] for group in groups for p in group["params"]}
     routed = routed_blocks(model)
     assert {scale[id(block.router.weight)] for block in routed} == {0.1}
-    others = [p for name, p in model.named_parameters() if not name.endswith("router.weight")]
-    assert {scale[id(p)] for p in others} == {1}
+    inside = [p for block in routed for p in block.block.parameters()]
+    assert {scale[id(p)] for p in inside} == {0.5}
+    for p in [*inside, *(block.router.weight for block in routed)]:
+        del scale[id(p)]
+    assert set(scale.values()) == {1}
     assert all(p.dim() >= 2 for group in groups for p in group["params"] if group["weight_decay"])
     every_block = mod.MoD(mod.MoDConfig(**SMALL, route_every=1))
-    assert [type(optimizer) for optimizer in train.make_optimizers(every_block, 0.1, 0.3)] == [torch.optim.AdamW]
+    assert [type(optimizer) for optimizer in train.make_optimizers(every_block, 0.1, 1, 0.3)] == [torch.optim.AdamW]
     rates = [train.learning_rate(step, 1000, 1.0) for step in range(1000)]
     assert rates[0] == pytest.approx(1 / 20) and max(rates) == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.1, abs=0.001) and rates[20:] == sorted(rates[20:], reverse=True)
@@ -1726,7 +1729,7 @@ def test_optimizers_and_schedule():
 def test_muon_costs_what_the_formula_says(capacity):
     """Against torch's own counter: what a FLOPs budget would otherwise not see."""
     model = mod.MoD(mod.MoDConfig(**{**SMALL, "capacity": capacity}))
-    muon, _ = train.make_optimizers(model, 0.1, 0.1)
+    muon, _ = train.make_optimizers(model, 0.1, 1, 0.1)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     with FlopCounterMode(display=False) as counter:
@@ -1792,6 +1795,7 @@ def test_checkpoints_of_a_compiled_run_are_clean(run_train, tmp_path, monkeypatc
         (["--batch_size=5", "--accumulate=2"], "--batch_size 5 doesn't divide"),
         (["--lr=-1"], "--lr -1.0"),
         (["--router_lr_scale=-0.1"], "--router_lr_scale -0.1"),
+        (["--routed_lr_scale=-0.1"], "--routed_lr_scale -0.1"),
         (["--seed=-1"], "--seed -1"),
         (["--eval_interval=0"], "--eval_interval 0"),
         (["--block_size=100000"], "--block_size 100000 is longer than the validation data"),

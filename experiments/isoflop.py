@@ -31,9 +31,9 @@ SHAPES = {  # a MoD model of 2N blocks costs about what its N unrouted blocks co
 COLORS = {"dense": "#4477aa", "mod": "#cc3311", "random": "#999933"}
 
 
-def job(family, budget, shape, seed, batch_size, lr, data, sha256):
+def job(family, budget, shape, seed, batch_size, lr, routed_lr_scale, data, sha256):
     layers, width = map(int, shape.split("x"))
-    out = ROOT / "out" / "isoflop" / f"{family}-{budget:g}-{shape}-{batch_size}-{lr:g}-{seed}"
+    out = ROOT / "out" / "isoflop" / f"{family}-{budget:g}-{shape}-{batch_size}-{lr:g}-{routed_lr_scale:g}-{seed}"
     if data != TrainConfig.data:
         out = out.with_name(f"{out.name}-{Path(data).name}")
     return {
@@ -43,14 +43,16 @@ def job(family, budget, shape, seed, batch_size, lr, data, sha256):
             "shape": shape,
             "batch_size": batch_size,
             "lr": f"{lr:g}",
+            "routed_lr_scale": f"{routed_lr_scale:g}",
             "seed": seed,
             "data_sha256": sha256,
         },
         "out": out,
         "command": [
             "train.py", "--preset=cpu", *FAMILIES[family], f"--n_layer={layers}", f"--n_embd={width}",
-            f"--n_head={max(2, width // 32)}", f"--batch_size={batch_size}", f"--lr={lr}", f"--seed={seed}",
-            f"--flops={budget}", f"--out={out}", f"--data={data}",
+            f"--n_head={max(2, width // 32)}", f"--batch_size={batch_size}", f"--lr={lr}",
+            f"--routed_lr_scale={routed_lr_scale}", f"--seed={seed}", f"--flops={budget}", f"--out={out}",
+            f"--data={data}",
         ],
     }  # fmt: skip
 
@@ -71,11 +73,11 @@ def row_of(job, log):
 
 
 def lowest(rows, family, budget, sha256):
-    """The shape, batch size and learning rate of the lowest causal loss at seed 0 on that text."""
+    """Shape, batch size, learning rate and routed blocks' scale of the lowest causal loss at seed 0 on that text."""
     rows = [r for r in rows if r["family"] == family and float(r["budget"]) == budget and r["seed"] == "0"]
     rows = [r for r in rows if r["data_sha256"] == sha256]
     row = min(rows, key=lambda r: float(r["val_causal"]))
-    return row["shape"], int(row["batch_size"]), float(row["lr"])
+    return row["shape"], int(row["batch_size"]), float(row["lr"]), float(row["routed_lr_scale"])
 
 
 def main():
@@ -86,6 +88,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--routed_lr_scale", type=float, default=1, help="of MoD and random routing")
     parser.add_argument("--data", default=TrainConfig.data, help="folder that prepare_data.py wrote")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
@@ -97,12 +100,12 @@ def main():
     for budget in args.budgets:
         for seed in args.seeds:
             for family in args.families:
+                scale = 1.0 if family == "dense" else args.routed_lr_scale
+                recipes = [(shape, args.batch_size, args.lr, scale) for shape in args.shapes or SHAPES[family]]
                 if args.shapes == ["best"]:
-                    shape, batch_size, lr = lowest(rows, family, budget, sha256)
-                    jobs.append(job(family, budget, shape, seed, batch_size, lr, args.data, sha256))
-                    continue
-                for shape in args.shapes or SHAPES[family]:
-                    jobs.append(job(family, budget, shape, seed, args.batch_size, args.lr, args.data, sha256))
+                    recipes = [lowest(rows, family, budget, sha256)]
+                for shape, *recipe in recipes:
+                    jobs.append(job(family, budget, shape, seed, *recipe, args.data, sha256))
     sweep(jobs, TABLE, row_of, args.processes)
 
 

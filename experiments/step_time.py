@@ -29,7 +29,7 @@ def stepper(config, batch_size, device, compiled):
     torch.manual_seed(0)
     model = MoD(config).to(device)
     network = torch.compile(model, fullgraph=True) if compiled else model
-    optimizers = make_optimizers(model, 0.1, 0.1)
+    optimizers = make_optimizers(model, 0.1, 1, 0.1)
     idx = torch.randint(config.vocab_size, (batch_size, config.block_size), device=device)
     bf16 = device.type == "cuda"
 
