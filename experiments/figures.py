@@ -300,31 +300,38 @@ def label(budget):
     return f"{budget:.0e}".replace("+", "")
 
 
-def isoflop(args):
-    """Causal loss of each shape at each budget; the lowest of each family (of the shapes with most seeds: their mean,
-    bars for their range); the same relative to dense. All of the text that most runs read."""
+def isoflop_runs(args):
+    """The runs of isoflop.csv on the text that most of them read, by family, budget, shape and recipe."""
     runs = defaultdict(list)
     rows = read_table(args.assets / "isoflop.csv")
     text = Counter(row["data_sha256"] for row in rows).most_common(1)[0][0]
     for row in (row for row in rows if row["data_sha256"] == text):
-        key = row["family"], float(row["budget"]), row["shape"], row["batch_size"], row["lr"]
-        runs[key].append((int(row["params"]) / 1000, float(row["val_causal"])))
+        key = row["family"], float(row["budget"]), row["shape"], row["batch_size"], row["lr"], row["routed_lr_scale"]
+        run = {"params": int(row["params"]) / 1000, "steps": int(row["steps"]), "loss": float(row["val_causal"])}
+        runs[key].append(run)
+    return runs
+
+
+def isoflop(args):
+    """Causal loss of each shape at each budget; the lowest of each family (of the shapes with most seeds: their mean,
+    bars for their range); the same relative to dense."""
+    runs = isoflop_runs(args)
     budgets = sorted({key[1] for key in runs})
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), width_ratios=(2, 1.5, 1.5))
     baseline = {}  # by budget; dense comes first
     for family, name in FAMILIES.items():
         lowest = []
         for budget in budgets:
-            points = {key: [loss for _, loss in run] for key, run in runs.items() if key[:2] == (family, budget)}
+            points = {key: [run["loss"] for run in of] for key, of in runs.items() if key[:2] == (family, budget)}
             if not points:  # not run yet
                 continue
             mean = {key: np.mean(losses) for key, losses in points.items()}
             for width in {key[2].split("x")[1] for key in points}:
-                curve = sorted((runs[key][0][0], mean[key]) for key in points if key[2].endswith(f"x{width}"))
+                curve = sorted((runs[key][0]["params"], mean[key]) for key in points if key[2].endswith(f"x{width}"))
                 left.plot(*zip(*curve, strict=True), marker="o", ms=4, color=COLORS[family])
             best = min((key for key in points if len(points[key]) == max(map(len, points.values()))), key=mean.get)
             if family == "dense":
-                left.text(runs[best][0][0], mean[best] - 0.006, label(budget), ha="center", va="top", fontsize=8)
+                left.text(runs[best][0]["params"], mean[best] - 0.006, label(budget), ha="center", va="top", fontsize=8)
             lowest.append((budget, mean[best], mean[best] - min(points[best]), max(points[best]) - mean[best]))
             baseline.setdefault(budget, mean[best])
         x, y, down, up = np.array(lowest).T
@@ -347,12 +354,43 @@ def isoflop(args):
     return figure
 
 
-FIGURES = {f.__name__: f for f in (routing_map, histograms, curves, spending, dial, bench, ablations, isoflop)}
+def halves(args):
+    """Each MoD shape against its dense half, by the steps that this half makes: the difference of causal losses."""
+    lowest = {}  # (family, budget, shape): the lowest mean over seeds among its recipes, steps
+    for (family, budget, shape, *_), of in isoflop_runs(args).items():
+        found = np.mean([run["loss"] for run in of]), of[0]["steps"], len(of)
+        lowest[family, budget, shape] = min(found, lowest.get((family, budget, shape), found))
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    axis.axhline(0, color="black", lw=0.8)
+    points = defaultdict(list)
+    for (family, budget, shape), (loss, _, seeds) in lowest.items():
+        layers, width = map(int, shape.split("x"))
+        half = lowest.get(("dense", budget, f"{layers // 2}x{width}"))
+        if family == "mod" and half:
+            points[width].append(
+                (half[1], 100 * (loss / half[0] - 1), f"{shape}, {label(budget)}", min(seeds, half[2]))
+            )
+    for (width, of), color in zip(sorted(points.items()), shades(len(points)), strict=True):
+        x, y, names, seeds = zip(*of, strict=True)
+        axis.scatter(x, y, s=[14 * n for n in seeds], color=color, label=f"{width} wide")
+        for point in zip(names, zip(x, y, strict=True), strict=True):
+            axis.annotate(*point, (5, 3), textcoords="offset points", fontsize=7)
+    axis.set(xscale="log", xlabel="training steps of the dense half", ylabel="MoD's loss above its dense half's (%)")
+    ticks = [1000, 2000, 5000, 10000, 20000, 50000]
+    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
+    axis.set_xticks([], minor=True)
+    axis.legend()
+    axis.grid(color=PALE)
+    return figure
+
+
+FIGURES = {f.__name__: f for f in (routing_map, histograms, curves, spending, dial, bench, ablations, isoflop, halves)}
 NEEDS = {
     "curves": list(FAMILIES),
     "bench": ["bench.json"],
     "ablations": ["ablations.csv"],
     "isoflop": ["isoflop.csv"],
+    "halves": ["isoflop.csv"],
 }  # the others: mod
 
 
