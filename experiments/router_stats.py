@@ -80,6 +80,21 @@ def look(model, x, y, rank=None, **options):
     return torch.cat(losses), routes[0] and Route(*(torch.cat(part, 1) for part in zip(*routes, strict=True)))
 
 
+@torch.no_grad()
+def look_by_predictor(model, x, y):
+    """The loss at each token of x (N, T) when a block takes the k of a sequence that its predictor finds likeliest."""
+    own, k = RoutedBlock.decide, model.config.k(x.size(1))
+
+    def decide(block, seen, r):
+        logit = own(block, seen, r)
+        return logit - logit.sort(dim=1, descending=True).values[:, k : k + 1]
+
+    RoutedBlock.decide = decide
+    loss, _ = look(model, x, y, causal=True)
+    RoutedBlock.decide = own
+    return loss
+
+
 def table(title, header, rows):
     lines = [header, ["---"] * len(header), *rows]
     print(f"\n### {title}\n", *(f"| {' | '.join(line)} |" for line in lines), sep="\n")
@@ -107,6 +122,7 @@ def main(argv):
     losses = {
         "top-k": topk,
         "causal": look(model, x, y, causal=True)[0],
+        "as many in each sequence, by the predictor": look_by_predictor(model, x, y),
         "every routed block skipped": skip,
         "random, as many tokens": look(model, x, y, rank=lambda rows: torch.rand(len(rows), T))[0],
         "oracle: the hardest, as many": look(model, x, y, rank=lambda rows: hard[rows])[0],
