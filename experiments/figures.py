@@ -313,7 +313,7 @@ def isoflop_runs(args):
 
 
 def isoflop(args):
-    """Causal loss of each shape at each budget; the lowest of each family (of the shapes with most seeds: their mean,
+    """Causal loss of each shape at each budget; the lowest of each family (the mean over its seeds,
     bars for their range); the same relative to dense."""
     runs = isoflop_runs(args)
     budgets = sorted({key[1] for key in runs})
@@ -329,7 +329,7 @@ def isoflop(args):
             for width in {key[2].split("x")[1] for key in points}:
                 curve = sorted((runs[key][0]["params"], mean[key]) for key in points if key[2].endswith(f"x{width}"))
                 left.plot(*zip(*curve, strict=True), marker="o", ms=4, color=COLORS[family])
-            best = min((key for key in points if len(points[key]) == max(map(len, points.values()))), key=mean.get)
+            best = min(points, key=mean.get)
             if family == "dense":
                 left.text(runs[best][0]["params"], mean[best] - 0.006, label(budget), ha="center", va="top", fontsize=8)
             lowest.append((budget, mean[best], mean[best] - min(points[best]), max(points[best]) - mean[best]))
@@ -360,7 +360,7 @@ def halves(args):
     for (family, budget, shape, *_), of in isoflop_runs(args).items():
         found = np.mean([run["loss"] for run in of]), of[0]["steps"], len(of)
         lowest[family, budget, shape] = min(found, lowest.get((family, budget, shape), found))
-    figure, axis = plt.subplots(figsize=(6, 3.6))
+    figure, axis = plt.subplots(figsize=(6.5, 4))
     axis.axhline(0, color="black", lw=0.8)
     points = defaultdict(list)
     for (family, budget, shape), (loss, _, seeds) in lowest.items():
@@ -374,7 +374,7 @@ def halves(args):
         x, y, names, seeds = zip(*of, strict=True)
         axis.scatter(x, y, s=[14 * n for n in seeds], color=color, label=f"{width} wide")
         for point in zip(names, zip(x, y, strict=True), strict=True):
-            axis.annotate(*point, (5, 3), textcoords="offset points", fontsize=7)
+            axis.annotate(*point, (3, 4), textcoords="offset points", fontsize=7, rotation=35)
     axis.set(xscale="log", xlabel="training steps of the dense half", ylabel="MoD's loss above its dense half's (%)")
     ticks = [1000, 2000, 5000, 10000, 20000, 50000]
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
