@@ -127,8 +127,13 @@ def main(argv):
         "random, as many tokens": look(model, x, y, rank=lambda rows: torch.rand(len(rows), T))[0],
         "oracle: the hardest, as many": look(model, x, y, rank=lambda rows: hard[rows])[0],
     }
-    rows = [(way, f"{v.mean():.4f}", f"{v.mean() - topk.mean():+.4f}") for way, v in losses.items()]
-    table("Loss by who is chosen", ("choice", "nats per token", "over top-k"), rows)
+    position = torch.arange(T).expand_as(x) * 4 // T
+    parts = [position >= 0, *(position == quarter for quarter in range(4))]
+    rows = [
+        (way, f"{v.mean():.4f}", *(f"{(v - topk)[part].mean():+.4f}" for part in parts)) for way, v in losses.items()
+    ]
+    quarters = [f"in quarter {quarter + 1} of the context" for quarter in range(4)]
+    table("Loss by who is chosen", ("choice", "nats per token", "over top-k", *quarters), rows)
     names = [f"block {i}" for i in range(model.config.n_layer) if model.config.is_routed(i)]
     rows, columns, all_of = [], [], x.flatten().bincount(minlength=257)
     for name, taken, r, logit in zip(names, *route, strict=True):
@@ -143,7 +148,7 @@ def main(argv):
     table("How firmly: the router's r, and the causal decision on the same tokens", header, rows)
     title = "The bytes that fill each block: share of the byte that is taken (lift), its part of all that is taken"
     table(title, names, zip(*columns, strict=True))
-    position, kind = torch.arange(T).expand_as(x) * 4 // T, kinds_of(x)
+    kind = kinds_of(x)
     loss = (hard.flatten().argsort().argsort() * 4 // hard.numel()).view_as(hard)
     groups = {f"position in the context, quarter {q + 1}": position == q for q in range(4)}
     groups |= {f"loss, quarter {q + 1} (4: hard)": loss == q for q in range(4)}
