@@ -1884,6 +1884,11 @@ def test_broken_checkpoints(run_train, tmp_path):
         torch.save(broken, path)
         with pytest.raises(prepare_data.UserError, match=f"not of this version.*{reason}"):
             train.load_checkpoint(tmp_path / "run", "cpu")
+    muon, adamw = checkpoint["optimizers"]
+    fewer_groups = [muon, {**adamw, "param_groups": adamw["param_groups"][1:]}]
+    torch.save({**checkpoint, "optimizers": fewer_groups}, path)
+    with pytest.raises(UserError, match="not of this version of train.py"):
+        train.main(["--resume", f"--out={tmp_path / 'run'}", "--steps=4"])
 
 
 @pytest.mark.slow

@@ -377,8 +377,14 @@ def train(config):
         0,
     )  # language model's and choice's, since the last report
     if checkpoint:
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+        try:
+            for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        except ValueError as error:
+            raise UserError(
+                f"{out / 'ckpt.pt'} is not of this version of train.py ({error}); go back to that version, or train "
+                f"again with `python train.py --overwrite --out {out}`"
+            ) from error
         step, loss_count, spent = checkpoint["step"], checkpoint["loss_count"], checkpoint["seconds"]
         loss_sum += torch.tensor(checkpoint["loss_sum"], device=device)
         if step >= steps:
