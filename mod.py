@@ -26,7 +26,7 @@ Who is chosen is the only thing that differs between the two modes:
             this question, and leaves nothing in its KV cache.
 
 Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary, L routed blocks,
-        k tokens a routed block takes (causal: the most that a row takes; shorter rows are padded), its attention's T,
+        k tokens a routed block takes (causal: the most that a row takes; shorter rows are padded): the T of its Block,
         R rows of the batch that take the current token, S keys in the longest of them.
         A suffix names the shape where it matters: idx_BK is (B, k).
 
@@ -186,7 +186,7 @@ class KVCache:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# An ordinary pre-norm transformer block, except that it returns its delta: whoever calls it adds the residual
+# An ordinary pre-norm transformer block, except that it returns its delta: the caller scales it, if routed, and adds it
 
 
 class Attention(nn.Module):
@@ -234,7 +234,7 @@ class Route(NamedTuple):
 
     taken: torch.Tensor  # bool: went through the block
     weight: torch.Tensor  # r, the router's output
-    logit: torch.Tensor  # the causal decision's: above the threshold, take the token. Under top-k it learns from taken
+    logit: torch.Tensor  # the causal decision's: take if above the threshold. choice_loss teaches it to foresee taken
 
 
 class RoutedBlock(nn.Module):
@@ -265,7 +265,7 @@ class RoutedBlock(nn.Module):
         """The causal decision's logit (B, T). Section 3.5: r itself or a predictor's, either trained by choice_loss."""
         if self.config.routing == "random":
             return torch.rand_like(r) - (1 - self.config.capacity)  # above 0 with probability capacity
-        # The detach: a predictor's learning must not change the language model. (That of r itself does.)
+        # Detached: what a predictor learns must not change the language model. (Where r decides, it does change it.)
         return r if self.predictor is None else self.predictor(seen.detach()).squeeze(-1)
 
     def gate(self, r):
@@ -273,7 +273,7 @@ class RoutedBlock(nn.Module):
         return r if self.config.gate == "raw" else r.sigmoid()
 
     def forward(self, x, rope, causal=False, threshold=0.0, cache=None):
-        """x (B, T, C) -> new x, Route. rope (2, T, D). T > 1 with a cache is a prompt: the cache is empty."""
+        """x (B, T, C) -> new x, Route. rope (2, T, D). With a cache, empty, x is a prompt; step does the rest."""
         B, T, C = x.shape
         with torch.autocast(x.device.type, enabled=False):
             r, logit = self.score(x)
@@ -345,22 +345,23 @@ class MoD(nn.Module):
             if name.endswith(("qkv.weight", "up.weight", "head.weight")):
                 # Stored by columns, the longer side: a CPU reads it up to twice as fast to multiply a lone token.
                 p.data = p.data.t().contiguous().t()
-        self.mix.data[:, -1] = 1  # at first, an embedding is above all its own token's
+        self.mix.data[:, -1] = 1  # at first, its own token has the largest part in an embedding
 
     def forward(self, idx, targets=None, causal=False, threshold=0.0, cache=None, start=0):
-        """Tokens idx (B, start + T) -> logits (B, T, V); mean cross-entropy with targets (B, T) in nats, or None; the
-        Route of all routed blocks, (L, B, T), or None if there are none. choice_loss is left to the training loop.
+        """Tokens idx (B, T) -> logits (B, T, V); mean cross-entropy with targets (B, T) in nats, or None; the Route of
+        all routed blocks, (L, B, T), or None if there are none. choice_loss is left to the training loop.
 
         Top-k routing, unless causal: then a token is taken if its logit exceeds threshold; a higher one spends less.
-        A cache (see new_cache) implies causal. With it, idx is the text so far, of which the cache has seen the first
-        start tokens: none (a prompt) or all but one. T counts the others, and the logits are the last one's only.
+        With a cache (see new_cache; it implies causal) idx is the whole text so far, (B, start + T), and the cache
+        holds its first start tokens: none (it is fresh; idx is a prompt) or all but one. Logits: the last token's only.
+
         Routers and predictors are float32; all other weights may be bfloat16, and so is then what a cache holds. Under
         autocast matrix products alone are: for training, not with a cache.
         """
         causal = causal or cache is not None  # top-k would need the future
         x = self.embed(idx, start)
         B, T, _ = x.shape
-        assert T == 1 or start == 0, "a prompt needs an empty cache"
+        assert start == 0 or (cache is not None and T == 1), "after a start: one token at a time, and its cache"
         assert start + T <= self.config.block_size, "longer than block_size"
         rope = self.rope[:, start : start + T]  # (2, T, D)
         routes = []

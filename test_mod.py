@@ -521,6 +521,14 @@ def test_steps_through_the_cache_equal_one_shot_in_a_dense_model(prompt):
     close(step_by_step(model, idx, prompt)[0], one_shot(model, idx)[0][:, prompt - 1 :])
 
 
+def test_a_start_is_refused_without_a_cache_or_for_several_tokens():
+    """Either would pass for a text that begins in its middle."""
+    model, idx = redrawn(), tokens(1, 8)
+    for start, cache in ((7, None), (5, model.new_cache(1))):
+        with pytest.raises(AssertionError, match="one token at a time"):
+            model(idx, start=start, cache=cache)
+
+
 def test_what_a_cache_never_wrote_is_never_seen():
     """Trap: NaN * 0 is NaN, so a masked slot of uninitialised memory is not harmless. A shorter row's slots
     up to the length of the longest are such slots; here all memory not yet written is NaN."""
