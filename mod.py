@@ -233,7 +233,7 @@ class Route(NamedTuple):
     """What one routed block decided, (B, T) each; of the whole model, (L, B, T) with L routed blocks."""
 
     taken: torch.Tensor  # bool: went through the block
-    weight: torch.Tensor  # r, the router's output
+    r: torch.Tensor  # the router's output
     logit: torch.Tensor  # the causal decision's: take if above the threshold. choice_loss teaches it to foresee taken
 
 
@@ -361,7 +361,7 @@ class MoD(nn.Module):
         causal = causal or cache is not None  # top-k would need the future
         x = self.embed(idx, start)
         B, T, _ = x.shape
-        assert start == 0 or (cache is not None and T == 1), "after a start: one token at a time, and its cache"
+        assert start == 0 or (cache and T == 1), "after a start: one token at a time, and its cache"
         assert start + T <= self.config.block_size, "longer than block_size"
         rope = self.rope[:, start : start + T]  # (2, T, D)
         routes = []
@@ -378,7 +378,7 @@ class MoD(nn.Module):
                 if cache:
                     remember = partial(kv.append, rows=range(B)) if T == 1 else partial(kv.fill, length=[T] * B)
                 x = x + block(x, rope[:, None, None], remember)
-        if cache is not None:
+        if cache:
             x = x[:, -1:]
         logits = self.head(norm(x))
         loss = None if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())

@@ -381,7 +381,7 @@ def test_exactly_k_tokens_of_each_sequence_are_taken(capacity, T, k, routing):
     model = redrawn(capacity=capacity, routing=routing, block_size=256)
     route = model(tokens(3, T))[2]
     assert model.config.k(T) == k
-    assert route.taken.shape == route.weight.shape == route.logit.shape == (2, 3, T)
+    assert route.taken.shape == route.r.shape == route.logit.shape == (2, 3, T)
     assert route.taken.dtype == torch.bool
     assert (route.taken.sum(-1) == k).all()
 
@@ -405,7 +405,7 @@ def test_every_routed_block_decides_for_itself():
     assert len({id(block.predictor[0].weight) for block in routed_blocks(model)}) == 3
     nn.init.normal_(routed_blocks(model)[1].router.weight, generator=torch.Generator().manual_seed(1))
     after = model(idx)[2]
-    assert torch.equal(before.taken[0], after.taken[0]) and torch.equal(before.weight[0], after.weight[0])
+    assert torch.equal(before.taken[0], after.taken[0]) and torch.equal(before.r[0], after.r[0])
     assert (before.taken[1] != after.taken[1]).any()
     assert all((a != b).any() for a, b in zip(before.taken[:-1], before.taken[1:], strict=True))
 
@@ -470,7 +470,7 @@ def test_random_routing_is_blind_to_the_router():
         torch.manual_seed(0)
         after, _, other = model(idx, causal=causal)
         assert torch.equal(other.taken, route.taken)
-        assert (other.weight != route.weight).any() and (after - before).abs().max() > 1e-3
+        assert (other.r != route.r).any() and (after - before).abs().max() > 1e-3
         torch.manual_seed(1)
         assert (model(idx, causal=causal)[2].taken != route.taken).any()
         assert len({tuple(row.tolist()) for row in route.taken.flatten(0, 1)}) == 4 * 8  # drawn row by row
@@ -795,7 +795,7 @@ def test_a_new_model_is_the_identity_and_says_nothing():
     close(loss, torch.tensor(math.log(29)), atol=1e-5)
     model.head.weight.data.normal_()
     close(model(tokens(3, 24))[0], model.head(standard(model.embed(tokens(3, 24)))), atol=1e-5)
-    assert (route.weight.std(-1) > 0.1).all()  # routers don't start with ties
+    assert (route.r.std(-1) > 0.1).all()  # routers don't start with ties
 
 
 @pytest.mark.parametrize("changes", [dict(capacity=1), dict(), dict(causal="router"), dict(routing="random")])
@@ -960,12 +960,12 @@ def test_routers_and_predictors_stay_in_float32_under_autocast(causal, routing):
     handle.remove()
     assert logits.isfinite().all() and loss.isfinite() and loss.dtype == torch.float32
     assert all(grad.isfinite().all() for grad in gradients(model, loss + choice_loss(route)).values())
-    assert route.weight.dtype == route.logit.dtype == torch.float32
+    assert route.r.dtype == route.logit.dtype == torch.float32
     args, kwargs = given[0]
     _, exact = block(*args, **kwargs)
-    assert torch.equal(route.weight[0], exact.weight) and torch.equal(route.logit[0], exact.logit)
+    assert torch.equal(route.r[0], exact.r) and torch.equal(route.logit[0], exact.logit)
     assert torch.equal(route.taken[0], exact.taken)
-    assert all(route.weight[0, b].unique().numel() > 1 for b in range(3))
+    assert all(route.r[0, b].unique().numel() > 1 for b in range(3))
 
 
 def test_generation_is_the_same_under_autocast():
@@ -2035,7 +2035,7 @@ def test_each_token_has_the_route_it_had_when_it_was_first_fed(run_dir, prompt):
     logits, route = one_shot(model, torch.tensor([ids[start:end]]))
     seen = torch.stack([token.route for token in text.tokens[start:end]])
     assert torch.equal(seen[:, 0].bool(), route.taken[:, 0].T)
-    close(seen[:, 1], route.weight[:, 0].T)
+    close(seen[:, 1], route.r[:, 0].T)
     close(seen[:, 2], route.logit[:, 0].T)
     for i in range(len(prompt), end + 1):
         assert abs(text.tokens[i].probability - logits[0, i - start - 1].softmax(-1)[ids[i]].item()) < 1e-5
@@ -2162,7 +2162,7 @@ def test_sampling_in_bfloat16_equals_one_shot_and_decides_in_float32():
     assert torch.equal(taken, route.taken)
     close(logits.float(), expected[:, 4:].float(), atol=0.1)
     assert expected.std() > 0.5  # against which that is little
-    assert route.weight.dtype == route.logit.dtype == torch.float32 and route.logit.unique().numel() > 40
+    assert route.r.dtype == route.logit.dtype == torch.float32 and route.logit.unique().numel() > 40
     assert expected.dtype == torch.bfloat16 and all(kv.k.dtype == kv.v.dtype == torch.bfloat16 for kv in cache)
 
 

@@ -29,8 +29,8 @@ def main(argv):
         before = seen.pop() if seen else route.taken
         seen.append(route.taken)
         overlap = (route.taken & before).sum((1, 2)) / route.taken.sum((1, 2))
-        gates = [model.blocks[-1].gate(r[taken]).mean() for r, taken in zip(route.weight, route.taken, strict=True)]
-        rows.append((overlap, route.weight.std((1, 2)), gates))
+        gates = [model.blocks[-1].gate(r[taken]).mean() for r, taken in zip(route.r, route.taken, strict=True)]
+        rows.append((overlap, route.r.std((1, 2)), gates))
         return evaluate(model, data, tokens, autocast)
 
     train.evaluate = watched

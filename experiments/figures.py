@@ -125,7 +125,7 @@ def histograms(args):
     route, blocks = look(model, x, y)[1], block_names(model)
     size = (2.5 * len(blocks), 4.6)
     figure, axes = plt.subplots(2, len(blocks), figsize=size, sharex="row", sharey="row", squeeze=False)
-    low, high = np.quantile(route.weight, (0.0005, 0.9995))
+    low, high = np.quantile(route.r, (0.0005, 0.9995))
     for j, (upper, lower) in enumerate(axes.T):
         groups = (
             ("not taken", "#9aa5b1", ~route.taken[j]),
@@ -134,7 +134,7 @@ def histograms(args):
         for name, color, chosen in groups:
             style = {"color": color, "alpha": 0.75, "label": name}
             style["weights"] = np.full(int(chosen.sum()), 100 / chosen.numel())
-            upper.hist(route.weight[j][chosen], np.linspace(low, high, 41), **style)
+            upper.hist(route.r[j][chosen], np.linspace(low, high, 41), **style)
             lower.hist(route.logit[j][chosen].sigmoid(), np.linspace(0, 1, 21), **style)
         upper.set(title=blocks[j], xlabel="router weight r")
         lower.set(xlabel="predictor probability", yscale="log")
