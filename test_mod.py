@@ -1690,7 +1690,7 @@ def test_the_body_does_not_feel_the_predictor(run_train, tmp_path, monkeypatch):
 
 
 def test_accumulation_changes_nothing(run_train, tmp_path):
-    """But rounding, which Muon, in bfloat16, makes visible after some steps."""
+    """But rounding, which Muon makes visible after some steps."""
     whole = run_train("--steps=2", name="whole")[-1]
     parts = run_train("--steps=2", "--accumulate=4", name="parts")[-1]
     assert parts["loss"] == pytest.approx(whole["loss"]) and parts["choice_loss"] == pytest.approx(whole["choice_loss"])
@@ -1731,6 +1731,25 @@ def test_optimizers_and_schedule():
     rates = [train.learning_rate(step, 1000, 1.0) for step in range(1000)]
     assert rates[0] == pytest.approx(1 / 20) and max(rates) == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.1, abs=0.001) and rates[20:] == sorted(rates[20:], reverse=True)
+
+
+def test_muon_is_torchs_but_for_rounding():
+    """torch's multiplies in bfloat16; older versions of it have none."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("no torch.optim.Muon")
+    start = [torch.randn(48, 16), torch.randn(16, 64), torch.randn(16, 16)]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    optimizers = [
+        train.Muon([{"params": ours}], lr=0.02, weight_decay=0.5),
+        torch.optim.Muon(theirs, lr=0.02, weight_decay=0.5, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = b.grad = torch.randn_like(a)
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, p in zip(ours, theirs, start, strict=True):
+        assert (a - b).norm() < 0.02 * (b - p).norm()
 
 
 @pytest.mark.parametrize("capacity", [0.25, 1])

@@ -1,7 +1,7 @@
 """Which recipe makes the router pay? One change at a time, each over several seeds, at equal training FLOPs.
 
-    python experiments/ablate.py --budget 4e12 --seeds 0 1 2 3          all variants; two minutes a run and core
-    python experiments/ablate.py --only base centred --budget 2e13
+    python experiments/ablate.py                                   all variants, three seeds; hours on two cores
+    python experiments/ablate.py --only base centred --budget 2e13 --shape 8x64 --routed_lr_scale 1
 
 Appends a line per run to assets/ablations.csv and goes on where it was stopped. What train.py has no flag for
 is patched in here, so that mod.py and train.py stay what they are.
@@ -165,18 +165,18 @@ def all_pairs_turn():
     mod.rotary_table = rotary_table
 
 
-VARIANTS = {  # name: (flags, patch or None)
+VARIANTS = {  # name: (flags, patch or None); a dense half has half the blocks
     "base": ({}, None),  # train.py's defaults
-    "dense_half": ({"capacity": 1, "n_layer": 4}, None),  # what is left without the routed blocks
+    "dense_half": ({"capacity": 1}, None),  # what is left without the routed blocks
     "dense_full": ({"capacity": 1}, None),
     "random": ({"routing": "random"}, None),
     "no_mix": ({}, no_mix),
-    "no_mix_dense_half": ({"capacity": 1, "n_layer": 4}, no_mix),
+    "no_mix_dense_half": ({"capacity": 1}, no_mix),
     "all_pairs_turn": ({}, all_pairs_turn),
-    "all_pairs_turn_dense_half": ({"capacity": 1, "n_layer": 4}, all_pairs_turn),
+    "all_pairs_turn_dense_half": ({"capacity": 1}, all_pairs_turn),
     "muon": ({}, muon_for_all),
     "adamw": ({}, muon_for_none),
-    "adamw_dense_half": ({"capacity": 1, "n_layer": 4}, muon_for_none),
+    "adamw_dense_half": ({"capacity": 1}, muon_for_none),
     "detached": ({}, detached),
     "noise_30_centred": ({}, lambda: (noise_until(0.3), centred())),
     "centred": ({}, centred),
@@ -195,14 +195,16 @@ VARIANTS = {  # name: (flags, patch or None)
     "capacity_0.5": ({"capacity": 0.5}, None),
     "route_every_3": ({"route_every": 3}, None),
     "context_1024": ({"block_size": 1024, "batch_size": 1}, None),
-    "dense_half_context_1024": ({"capacity": 1, "n_layer": 4, "block_size": 1024, "batch_size": 1}, None),
+    "dense_half_context_1024": ({"capacity": 1, "block_size": 1024, "batch_size": 1}, None),
 }
 
 
 def main():
     parser = argparse.ArgumentParser(description="Ablations of the routing recipe.")
-    parser.add_argument("--budget", type=float, default=4e12, help="training FLOPs of each run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--budget", type=float, default=6e12, help="training FLOPs of each run")
+    parser.add_argument("--shape", default="4x96", help="LAYERSxWIDTH")
+    parser.add_argument("--routed_lr_scale", type=float, default=0.25)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--one", action="store_true", help="what each process is started with")
@@ -210,19 +212,21 @@ def main():
     args = parser.parse_args()
     table = ROOT / "assets" / "ablations.csv"
 
+    layers, width = map(int, args.shape.split("x"))
+
     def out_of(name, seed):
-        return ROOT / "out" / "ablate" / f"{name}-{args.budget:g}-{seed}"
+        return ROOT / "out" / "ablate" / f"{name}-{args.shape}-{args.routed_lr_scale:g}-{args.budget:g}-{seed}"
 
     if args.one:
         (name,), (seed,) = args.only, args.seeds
         flags, patch = VARIANTS[name]
         flags = {
-            "n_layer": 8,
-            "n_head": 2,
-            "n_embd": 64,
-            "block_size": 256,
+            "n_layer": layers // 2 if "dense_half" in name else layers,
+            "n_head": max(2, width // 32),
+            "n_embd": width,
             "batch_size": 4,
             "lr": 4e-3,
+            "routed_lr_scale": args.routed_lr_scale,
             **flags,
         }
         follow_progress()
@@ -235,10 +239,11 @@ def main():
 
     jobs = [
         {
-            "key": {"variant": name, "budget": f"{args.budget:g}", "seed": seed},
+            "key": {"variant": name, "budget": f"{args.budget:g}", "shape": args.shape,
+                    "routed_lr_scale": f"{args.routed_lr_scale:g}", "seed": seed},
             "out": out_of(name, seed),
-            "command": ["experiments/ablate.py", "--one", "--only", name, "--seeds", str(seed),
-                        "--budget", str(args.budget)],
+            "command": ["experiments/ablate.py", "--one", "--only", name, "--seeds", str(seed), "--budget",
+                        str(args.budget), "--shape", args.shape, "--routed_lr_scale", str(args.routed_lr_scale)],
         }
         for seed in args.seeds
         for name in args.only

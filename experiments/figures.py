@@ -277,12 +277,12 @@ def bench(args):
 
 
 def ablations(args):
-    """Causal loss of each variant at one budget, of which most have a run: a dot per seed, and the mean."""
-    budgets = defaultdict(lambda: defaultdict(list))
+    """Causal loss of each variant at the budget and shape that most have a run of: a dot per seed, and the mean."""
+    settings = defaultdict(lambda: defaultdict(list))
     for row in read_table(args.assets / "ablations.csv"):
-        budgets[float(row["budget"])][row["variant"]].append(float(row["val_causal"]))
-    budget = args.budget or max(budgets, key=lambda budget: len(budgets[budget]))
-    variants = sorted(budgets[budget].items(), key=lambda item: -np.mean(item[1]))
+        settings[row["budget"], row["shape"]][row["variant"]].append(float(row["val_causal"]))
+    budget, shape = max(settings, key=lambda setting: len(settings[setting]))
+    variants = sorted(settings[budget, shape].items(), key=lambda item: -np.mean(item[1]))
     figure, axis = plt.subplots(figsize=(8, 1.1 + 0.26 * len(variants)))
     for i, (name, losses) in enumerate(variants):
         color = COLORS.get(name.split("_")[0], COLORS["mod"])
@@ -290,7 +290,7 @@ def ablations(args):
         axis.plot(np.mean(losses), i, "|", color=color, ms=14, mew=2.5)
     axis.set_yticks(range(len(variants)), [f"{name} ({len(losses)})" for name, losses in variants])
     axis.set_xlabel("causal validation loss (nats per token): a dot per seed, a bar at the mean")
-    axis.set_title(f"Variants (seeds) at {budget:.0e} training FLOPs".replace("e+", "e"))
+    axis.set_title(f"Variants (seeds) of MoD {shape} at {label(float(budget))} training FLOPs")
     axis.set_ylim(-0.6, len(variants) - 0.4)
     axis.grid(axis="y", color=PALE)
     return figure
@@ -403,7 +403,6 @@ def main(argv):
     parser.add_argument("--assets", type=Path, default=ROOT / "assets", help="tables and figures")
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="NAME")
     parser.add_argument("--snippet", default="def ", help="how the paragraph in routing_map begins")
-    parser.add_argument("--budget", type=float, help="training FLOPs of the ablations to show")
     args = parser.parse_args(argv)
     if plt is None:
         raise UserError("figures need the package matplotlib: pip install -r requirements-dev.txt")
