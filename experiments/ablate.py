@@ -132,6 +132,16 @@ def straight_through():
     mod.RoutedBlock.gate = gate
 
 
+def router_alone():
+    """The router's own loss (fix 1) teaches the router, but does not reach the residual stream that it reads."""
+
+    def score(block, x):
+        seen = mod.norm(x.float())
+        return block.router(seen).squeeze(-1), block.router(seen.detach()).squeeze(-1)
+
+    mod.RoutedBlock.score = score
+
+
 def muon_for_all():
     """Muon for the matrices of routed blocks as well. (A budget counts its FLOPs.)"""
     train.muon_matrices = lambda model: [p for b in model.blocks for p in getattr(b, "block", b).parameters()]
@@ -187,6 +197,7 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has half the blocks
     "raw_gate": ({"gate": "raw"}, None),
     "raw_input": ({}, raw_input),
     "fix_1": ({"causal": "router"}, None),
+    "fix_1_router_alone": ({"causal": "router"}, router_alone),
     "router_lr_1": ({"router_lr_scale": 1}, None),
     "router_lr_0.03": ({"router_lr_scale": 0.03}, None),
     "router_lr_0": ({"router_lr_scale": 0}, None),

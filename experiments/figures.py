@@ -326,9 +326,11 @@ def isoflop(args):
             if not points:  # not run yet
                 continue
             mean = {key: np.mean(losses) for key, losses in points.items()}
-            for width in {key[2].split("x")[1] for key in points}:
-                curve = sorted((runs[key][0]["params"], mean[key]) for key in points if key[2].endswith(f"x{width}"))
-                left.plot(*zip(*curve, strict=True), marker="o", ms=4, color=COLORS[family])
+            curves = defaultdict(dict)  # by width: parameters, and the lowest mean among a shape's recipes
+            for key in sorted(points, key=mean.get, reverse=True):
+                curves[key[2].split("x")[1]][runs[key][0]["params"]] = mean[key]
+            for curve in curves.values():
+                left.plot(*zip(*sorted(curve.items()), strict=True), marker="o", ms=4, color=COLORS[family])
             best = min(points, key=mean.get)
             if family == "dense":
                 left.text(runs[best][0]["params"], mean[best] - 0.006, label(budget), ha="center", va="top", fontsize=8)
