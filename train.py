@@ -125,7 +125,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                mean = self.state[p]["momentum_buffer"]
                 mean.lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonalize(p.grad.lerp(mean, group["momentum"]))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
