@@ -198,6 +198,7 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has half the blocks
     "raw_input": ({}, raw_input),
     "fix_1": ({"causal": "router"}, None),
     "fix_1_router_alone": ({"causal": "router"}, router_alone),
+    "fix_1_router_alone_raw_gate": ({"causal": "router", "gate": "raw"}, router_alone),
     "router_lr_1": ({"router_lr_scale": 1}, None),
     "router_lr_0.03": ({"router_lr_scale": 0.03}, None),
     "router_lr_0": ({"router_lr_scale": 0}, None),
