@@ -21,9 +21,9 @@ parts of the three before it, and only a quarter of the rotary pairs turn. READM
 Who is chosen is the only thing that differs between the two modes:
     top-k   compares a token with the whole sequence. k is known beforehand, so every shape is fixed: for training.
             The loss under top-k has seen the future, though: whether a token is taken depends on later ones.
-    causal  asks each token alone, through a small predictor of the top-k choice (section 3.5; or r > 0, the paper's
-            other way): for sampling, and for an honest loss. A token that is not taken costs a block no more than
-            this question, and leaves nothing in its KV cache.
+    causal  asks each token alone: is r > 0? The router learns to make that mean "top-k takes it" (section 3.5; or a
+            small predictor learns it, the paper's other way). For sampling, and for an honest loss. A token that is
+            not taken costs a block no more than this question, and leaves nothing in its KV cache.
 
 Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary, L routed blocks,
         k tokens a routed block takes (causal: the most that a row takes; shorter rows are padded): the T of its Block,
@@ -44,7 +44,7 @@ from torch.nn import functional as F
 # ---------------------------------------------------------------------------------------------------------
 # Config, and what a token costs
 
-CHOICES = {"routing": ("topk", "random"), "causal": ("predictor", "router"), "gate": ("sigmoid", "raw")}
+CHOICES = {"routing": ("topk", "random"), "causal": ("router", "predictor"), "gate": ("sigmoid", "raw")}
 
 
 @dataclass
@@ -57,7 +57,7 @@ class MoDConfig:
     capacity: float = 0.125  # share of a sequence that a routed block takes; 1 is the dense transformer
     route_every: int = 2  # every route_every-th block is routed (section 4.1: every other, at 12.5 %, is best)
     routing: str = "topk"  # "topk", or "random": the paper's control, which chooses at random
-    causal: str = "predictor"  # who decides without the future: a "predictor", or the "router" (unless random)
+    causal: str = "router"  # who decides without the future: the "router", r > 0, or a "predictor" (unless random)
     gate: str = "sigmoid"  # "sigmoid", or "raw": the router's output as it is, as the paper has it
 
     def __post_init__(self):
@@ -262,11 +262,13 @@ class RoutedBlock(nn.Module):
         return r if self.config.routing == "topk" else torch.rand_like(r)
 
     def decide(self, seen, r):
-        """The causal decision's logit (B, T). Section 3.5: r itself or a predictor's, either trained by choice_loss."""
+        """The causal decision's logit (B, T). Section 3.5: r itself or a predictor's, either taught by choice_loss."""
         if self.config.routing == "random":
             return torch.rand_like(r) - (1 - self.config.capacity)  # above 0 with probability capacity
-        # Detached: what a predictor learns must not change the language model. (Where r decides, it does change it.)
-        return r if self.predictor is None else self.predictor(seen.detach()).squeeze(-1)
+        # Detached: to foresee the choice, a router or predictor learns, but not the residual stream that it reads.
+        if self.predictor is not None:
+            return self.predictor(seen.detach()).squeeze(-1)
+        return self.router(seen.detach()).squeeze(-1) if seen.requires_grad else r  # the same values
 
     def gate(self, r):
         # Multiplying the output by a function of r is what gives the router a gradient: choosing has none.
@@ -313,7 +315,7 @@ class RoutedBlock(nn.Module):
 
 
 def choice_loss(route):
-    """What teaches the predictor (or r) to repeat the top-k choice, section 3.5: add it to the cross-entropy.
+    """What teaches the router (or predictor) to foresee the top-k choice, section 3.5: add it to the cross-entropy.
 
     The mean binary cross-entropy in nats, for the Route of a forward that is not causal; random routing has nothing
     to learn.

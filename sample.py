@@ -44,7 +44,7 @@ class SampleConfig:
     top_k: int | None = option(None, "draw among this many of the likeliest tokens (default: all)")
     top_p: float | None = option(None, "draw among the likeliest that hold this probability (default: all)")
     seed: int = option(0, "of the draws")
-    threshold: float = option(0.0, "what a predictor's logit must exceed for its block to take a token")
+    threshold: float = option(0.0, "what a router's (or predictor's) output must exceed for its block to take a token")
     show_depth: bool = option(False, "shade each token by how many routed blocks processed it")
     html: str | None = option(None, "write a page to explore to this file, too")
     bench: bool = option(False, "measure speed and the compute dial instead; writes bench.json into out")
@@ -554,7 +554,7 @@ processed it: <span id="scale">$$SCALE$$</span>. Dotted: not fed to the model. H
 $$BODY$$
 <div id="card">No token chosen yet.</div>
 <script>
-const layers = $$LAYERS$$, tokens = $$DATA$$;  // id, probability, [predictor's probability, gate, taken] by block
+const layers = $$LAYERS$$, tokens = $$DATA$$;  // id, probability, [the causal decision's, gate, taken] by block
 const card = document.getElementById("card"), spans = document.querySelectorAll("pre span");
 function add(parent, tag, text) {
   const child = document.createElement(tag);
@@ -571,7 +571,7 @@ function show(i) {
   add(card, "span", ` token ${id}, ` + (probability === null ? "given" : `probability ${probability.toPrecision(3)}`));
   if (!blocks.length) { add(card, "div", "not fed to the model: no block has seen it"); return; }
   const table = add(card, "table", ""), head = add(table, "tr", "");
-  for (const name of ["block", "predictor", "gate", ""]) add(head, "th", name);
+  for (const name of ["block", "foreseen", "gate", ""]) add(head, "th", name);
   blocks.forEach(([chance, gate, taken], j) => {
     const row = add(table, "tr", "");
     row.className = taken ? "processed" : "skipped";

@@ -55,7 +55,7 @@ class TrainConfig:
     capacity: float = option(0.125, "share of a sequence that a routed block takes; 1 is the dense baseline")
     route_every: int = option(2, "every N-th block is routed")
     routing: str = option("topk", "random is the control: a choice blind to the router", ("topk", "random"))
-    causal: str = option("predictor", "who chooses without the future, when sampling", ("predictor", "router"))
+    causal: str = option("router", "who chooses without the future, when sampling", ("router", "predictor"))
     gate: str = option("sigmoid", "what scales a routed block's output; raw is the paper's", ("sigmoid", "raw"))
     n_layer: int | None = option(None, "blocks, routed ones included (default: by preset)")
     n_head: int | None = option(None, "attention heads (default: by preset)")

@@ -132,14 +132,9 @@ def straight_through():
     mod.RoutedBlock.gate = gate
 
 
-def router_alone():
-    """The router's own loss (fix 1) teaches the router, but does not reach the residual stream that it reads."""
-
-    def score(block, x):
-        seen = mod.norm(x.float())
-        return block.router(seen).squeeze(-1), block.router(seen.detach()).squeeze(-1)
-
-    mod.RoutedBlock.score = score
+def into_body():
+    """The loss that teaches a router to foresee its choice reaches the residual stream, too, as in the paper."""
+    mod.RoutedBlock.decide = lambda block, seen, r: r
 
 
 def muon_for_all():
@@ -196,9 +191,7 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has half the blocks
     "straight_through": ({}, straight_through),
     "raw_gate": ({"gate": "raw"}, None),
     "raw_input": ({}, raw_input),
-    "fix_1": ({"causal": "router"}, None),
-    "fix_1_router_alone": ({"causal": "router"}, router_alone),
-    "fix_1_router_alone_raw_gate": ({"causal": "router", "gate": "raw"}, router_alone),
+    "into_body": ({}, into_body),
     "router_lr_1": ({"router_lr_scale": 1}, None),
     "router_lr_0.03": ({"router_lr_scale": 0.03}, None),
     "router_lr_0": ({"router_lr_scale": 0}, None),
@@ -224,6 +217,7 @@ def main():
     parser.add_argument("--budget", type=float, default=6e12, help="training FLOPs of each run")
     parser.add_argument("--shape", default="4x96", help="LAYERSxWIDTH")
     parser.add_argument("--routed_lr_scale", type=float, default=0.25)
+    parser.add_argument("--causal", choices=mod.CHOICES["causal"], default="router")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--processes", type=int, default=2)
@@ -235,7 +229,12 @@ def main():
     layers, width = map(int, args.shape.split("x"))
 
     def out_of(name, seed):
-        return ROOT / "out" / "ablate" / f"{name}-{args.shape}-{args.routed_lr_scale:g}-{args.budget:g}-{seed}"
+        return (
+            ROOT
+            / "out"
+            / "ablate"
+            / f"{name}-{args.shape}-{args.routed_lr_scale:g}-{args.causal}-{args.budget:g}-{seed}"
+        )
 
     if args.one:
         (name,), (seed,) = args.only, args.seeds
@@ -247,6 +246,7 @@ def main():
             "batch_size": 4,
             "lr": 4e-3,
             "routed_lr_scale": args.routed_lr_scale,
+            "causal": args.causal,
             **flags,
         }
         follow_progress()
@@ -260,10 +260,11 @@ def main():
     jobs = [
         {
             "key": {"variant": name, "budget": f"{args.budget:g}", "shape": args.shape,
-                    "routed_lr_scale": f"{args.routed_lr_scale:g}", "seed": seed},
+                    "routed_lr_scale": f"{args.routed_lr_scale:g}", "causal": args.causal, "seed": seed},
             "out": out_of(name, seed),
             "command": ["experiments/ablate.py", "--one", "--only", name, "--seeds", str(seed), "--budget",
-                        str(args.budget), "--shape", args.shape, "--routed_lr_scale", str(args.routed_lr_scale)],
+                        str(args.budget), "--shape", args.shape, "--routed_lr_scale", str(args.routed_lr_scale),
+                        "--causal", args.causal],
         }
         for seed in args.seeds
         for name in args.only

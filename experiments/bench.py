@@ -3,8 +3,8 @@
     python experiments/bench.py                             all of it; on a machine that does nothing else
     python experiments/bench.py --n_embd 128 --batch 1      one part of it: the table's other rows stay
 
-The weights are random, which speed doesn't depend on; each routed block's decision is shifted so that it takes the
-share of the tokens that a trained one does, its capacity. Combinations of more than MAX_TOKENS tokens are left out.
+The weights are random, which speed doesn't depend on; each router is scaled so that it takes the share of the tokens
+that a trained one does, its capacity. Combinations of more than MAX_TOKENS tokens are left out.
 """
 
 import itertools
@@ -23,11 +23,12 @@ from sample import WARMUP, bench, bench_table, to_bfloat16  # noqa: E402
 from train import pick_device  # noqa: E402
 
 MAX_TOKENS = 2**14  # of a batch and its context; the prompts alone would take minutes
+THRESHOLD = 1.0  # what the routers of random_model are scaled for
 
 
 @torch.no_grad()
 def random_model(config, device):
-    """A model with random weights, none of them zero, whose routed blocks take `capacity` of random tokens."""
+    """A model with random weights, none of them zero, whose routers take `capacity` of the tokens at THRESHOLD."""
     with torch.device(device):
         model = MoD(config).eval()
     for p in model.parameters():
@@ -36,8 +37,8 @@ def random_model(config, device):
     idx = torch.randint(config.vocab_size, (max(1, 2048 // config.block_size), config.block_size), device=device)
     routed = [block for block in model.blocks if isinstance(block, RoutedBlock)]
     for i, block in enumerate(routed):  # in order, since the later ones see what the earlier ones do
-        logit = model(idx, causal=True)[2].logit[i]
-        block.predictor[-1].bias -= logit.flatten().quantile(1 - config.capacity)
+        r = model(idx, causal=True, threshold=THRESHOLD)[2].r[i]
+        block.router.weight /= r.flatten().quantile(1 - config.capacity)
     return model
 
 
@@ -75,7 +76,7 @@ def main(argv):
                 continue
             shape = (batch, context - WARMUP - args.num_tokens)
             prompt = torch.randint(config.vocab_size, shape, device=device)
-            row = bench(model, prompt, args.num_tokens, args.rounds)
+            row = bench(model, prompt, args.num_tokens, args.rounds, THRESHOLD)
             rows[key_of(row)] = row
             print(bench_table(row), end="\n\n", flush=True)
             with write_atomic(args.out) as file:

@@ -5,8 +5,8 @@
 Without Python: of the dense model a whole step is one CUDA graph, replayed without ever waiting for the device. MoD's
 step is cut where the next decision is known: the host waits for one bit, and only if it is a yes, replays the graph
 of that routed block. Once with torch's own kernels, once with those that torch.compile makes. Weights are random, in
-bfloat16 (routers and predictors in float32); decisions are shifted as in bench.py. Each row is checked first: the
-graphs must give the logits that model.generate gives.
+bfloat16 (routers in float32), routers scaled as in bench.py. Each row is checked first: the graphs must give the
+logits that model.generate gives.
 """
 
 import json
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments.bench import random_model  # noqa: E402
+from experiments.bench import THRESHOLD, random_model  # noqa: E402
 from mod import MoDConfig, RoutedBlock, norm  # noqa: E402
 from prepare_data import Parser, UserError, run, write_atomic  # noqa: E402
 from sample import bench, dense_flops, dense_twin, device_name, timed, to_bfloat16  # noqa: E402
@@ -56,7 +56,7 @@ def dense_block(block, x, rope, cache):
 
 def decide(block, x):
     r, logit = block.score(x)
-    return block.gate(r), logit > 0
+    return block.gate(r), logit > THRESHOLD
 
 
 def routed_block(block, x, rope, gate, cache):
@@ -74,7 +74,7 @@ class GraphDecoder:
         wrap = (lambda f: torch.compile(f, fullgraph=True)) if compiled else (lambda f: f)
         do = {f.__name__: wrap(f) for f in (embed, dense_block, decide, routed_block, predict)}
         cache = model.new_cache(1)
-        logits, _, _ = model(prompt, cache=cache)
+        logits, _, _ = model(prompt, threshold=THRESHOLD, cache=cache)
         self.caches = [StaticCache(kv, room) for kv in cache]
         self.prompt, self.logits = prompt, logits[:, -1].float()
         self.text, self.position = prompt[:, -4:].clone(), torch.tensor([prompt.size(1)], device=prompt.device)
@@ -166,7 +166,7 @@ class GraphDecoder:
 @torch.inference_mode()
 def compare(model, prompt, num_tokens, rounds):
     """The row of sample.py's bench, and graph_tok_s, graph_dense_tok_s, compiled_tok_s, compiled_dense_tok_s."""
-    row = bench(model, prompt, num_tokens, rounds)
+    row = bench(model, prompt, num_tokens, rounds, THRESHOLD)
     models = {"": model, "_dense": dense_twin(model)}
     decoders = {}
     for kind, compiled in (("graph", False), ("compiled", True)):
@@ -175,8 +175,8 @@ def compare(model, prompt, num_tokens, rounds):
     for way, decoder in decoders.items():  # the prompt's last token once more, at the position after it
         which = models["_dense" if way.endswith("_dense") else ""]
         cache, text = which.new_cache(1), torch.cat((prompt, prompt[:, -1:]), dim=1)
-        which(prompt, cache=cache)
-        expected, _, _ = which(text, cache=cache, start=prompt.size(1))
+        which(prompt, threshold=THRESHOLD, cache=cache)
+        expected, _, _ = which(text, threshold=THRESHOLD, cache=cache, start=prompt.size(1))
         decoder.text.copy_(text[:, -4:])
         next(decoder.steps())
         error = (decoder.logits - expected[:, -1].float()).norm() / expected.float().norm()

@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments.bench import random_model  # noqa: E402
+from experiments.bench import THRESHOLD, random_model  # noqa: E402
 from mod import MoDConfig  # noqa: E402
 from prepare_data import Parser, UserError, run, write_atomic  # noqa: E402
 from sample import WARMUP, dense_twin, device_name, generate_without_cache, timed  # noqa: E402
@@ -67,7 +67,9 @@ def main(argv):
         gpt2 = transformers.GPT2LMHeadModel(gpt2_config).to(device).eval()
         prompt = torch.randint(257, (1, args.context - WARMUP - args.num_tokens), device=device)
         ways = {
-            "mod": lambda m=mod, p=prompt: (t for t, *_ in m.generate(p, args.context, temperature=0)),
+            "mod": lambda m=mod, p=prompt: (
+                t for t, *_ in m.generate(p, args.context, temperature=0, threshold=THRESHOLD)
+            ),
             "dense": lambda m=dense, p=prompt: (t for t, *_ in m.generate(p, args.context, temperature=0)),
             "gpt2": lambda m=gpt2, p=prompt: generate_gpt2(m, p),
             "dense_no_cache": lambda m=dense, p=prompt: generate_without_cache(m, p, 0.0),

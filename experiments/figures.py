@@ -4,7 +4,7 @@
     python experiments/figures.py --only routing_map --mod out/gpu --snippet "class "
 
 routing_map   which routed block processes which byte of a piece of validation text
-histograms    router weight and predictor probability of tokens that top-k takes, against the others
+histograms    r, and the probability foreseen, of tokens that top-k takes, against the others
 curves        loss of dense, MoD and random routing against training FLOPs and wall-clock
 spending      what the routed blocks process: by kind of byte, position, and loss
 dial          causal loss against FLOPs per token, over --threshold of sample.py
@@ -120,7 +120,7 @@ def routing_map(args):
 
 
 def histograms(args):
-    """Per routed block, how r and the predictor's probability are distributed over tokens taken by top-k or not."""
+    """Per routed block, how r and the foreseen probability are distributed over tokens taken by top-k or not."""
     model, x, y = load(args.mod)
     route, blocks = look(model, x, y)[1], block_names(model)
     size = (2.5 * len(blocks), 4.6)
@@ -137,7 +137,7 @@ def histograms(args):
             upper.hist(route.r[j][chosen], np.linspace(low, high, 41), **style)
             lower.hist(route.logit[j][chosen].sigmoid(), np.linspace(0, 1, 21), **style)
         upper.set(title=blocks[j], xlabel="router weight r")
-        lower.set(xlabel="predictor probability", yscale="log")
+        lower.set(xlabel="probability of being taken, foreseen", yscale="log")
         lower.axvline(0.5, color=INK, linewidth=0.8, linestyle="--")
     axes[0, 0].set_ylabel("% of the tokens")
     axes[1, 0].set_ylabel("% of the tokens (log scale)")
@@ -280,7 +280,8 @@ def ablations(args):
     """Causal loss of each variant at the budget and shape that most have a run of: a dot per seed, and the mean."""
     settings = defaultdict(lambda: defaultdict(list))
     for row in read_table(args.assets / "ablations.csv"):
-        settings[row["budget"], row["shape"]][row["variant"]].append(float(row["val_causal"]))
+        name = row["variant"] + ", predictor" * (row["causal"] == "predictor")
+        settings[row["budget"], row["shape"]][name].append(float(row["val_causal"]))
     budget, shape = max(settings, key=lambda setting: len(settings[setting]))
     variants = sorted(settings[budget, shape].items(), key=lambda item: -np.mean(item[1]))
     figure, axis = plt.subplots(figsize=(8, 1.1 + 0.26 * len(variants)))
@@ -306,7 +307,8 @@ def isoflop_runs(args):
     rows = read_table(args.assets / "isoflop.csv")
     text = Counter(row["data_sha256"] for row in rows).most_common(1)[0][0]
     for row in (row for row in rows if row["data_sha256"] == text):
-        key = row["family"], float(row["budget"]), row["shape"], row["batch_size"], row["lr"], row["routed_lr_scale"]
+        recipe = row["batch_size"], row["lr"], row["routed_lr_scale"], row["causal"]
+        key = row["family"], float(row["budget"]), row["shape"], *recipe
         run = {"params": int(row["params"]) / 1000, "steps": int(row["steps"]), "loss": float(row["val_causal"])}
         runs[key].append(run)
     return runs

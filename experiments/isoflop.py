@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments.sweep import read_table, sweep  # noqa: E402
+from mod import CHOICES  # noqa: E402
 from prepare_data import load_data, prepare  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
@@ -31,9 +32,10 @@ SHAPES = {  # a MoD model of 2N blocks costs about what its N unrouted blocks co
 COLORS = {"dense": "#4477aa", "mod": "#cc3311", "random": "#999933"}
 
 
-def job(family, budget, shape, seed, batch_size, lr, routed_lr_scale, data, sha256):
+def job(family, budget, shape, seed, batch_size, lr, routed_lr_scale, causal, data, sha256):
     layers, width = map(int, shape.split("x"))
-    out = ROOT / "out" / "isoflop" / f"{family}-{budget:g}-{shape}-{batch_size}-{lr:g}-{routed_lr_scale:g}-{seed}"
+    recipe = f"{batch_size}-{lr:g}-{routed_lr_scale:g}-{causal}"
+    out = ROOT / "out" / "isoflop" / f"{family}-{budget:g}-{shape}-{recipe}-{seed}"
     if data != TrainConfig.data:
         out = out.with_name(f"{out.name}-{Path(data).name}")
     return {
@@ -44,6 +46,7 @@ def job(family, budget, shape, seed, batch_size, lr, routed_lr_scale, data, sha2
             "batch_size": batch_size,
             "lr": f"{lr:g}",
             "routed_lr_scale": f"{routed_lr_scale:g}",
+            "causal": causal,
             "seed": seed,
             "data_sha256": sha256,
         },
@@ -51,8 +54,8 @@ def job(family, budget, shape, seed, batch_size, lr, routed_lr_scale, data, sha2
         "command": [
             "train.py", "--preset=cpu", *FAMILIES[family], f"--n_layer={layers}", f"--n_embd={width}",
             f"--n_head={max(2, width // 32)}", f"--batch_size={batch_size}", f"--lr={lr}",
-            f"--routed_lr_scale={routed_lr_scale}", f"--seed={seed}", f"--flops={budget}", f"--out={out}",
-            f"--data={data}",
+            f"--routed_lr_scale={routed_lr_scale}", f"--causal={causal}", f"--seed={seed}", f"--flops={budget}",
+            f"--out={out}", f"--data={data}",
         ],
     }  # fmt: skip
 
@@ -73,11 +76,11 @@ def row_of(job, log):
 
 
 def lowest(rows, family, budget, sha256):
-    """Shape, batch size, learning rate and routed blocks' scale of the lowest causal loss at seed 0 on that text."""
+    """Shape, batch size, learning rate, routed blocks' scale and who chooses, of the lowest causal loss at seed 0."""
     rows = [r for r in rows if r["family"] == family and float(r["budget"]) == budget and r["seed"] == "0"]
     rows = [r for r in rows if r["data_sha256"] == sha256]
     row = min(rows, key=lambda r: float(r["val_causal"]))
-    return row["shape"], int(row["batch_size"]), float(row["lr"]), float(row["routed_lr_scale"])
+    return row["shape"], int(row["batch_size"]), float(row["lr"]), float(row["routed_lr_scale"]), row["causal"]
 
 
 def main():
@@ -89,6 +92,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--routed_lr_scale", type=float, default=1, help="of MoD and random routing")
+    parser.add_argument("--causal", choices=CHOICES["causal"], default="router", help="of MoD")
     parser.add_argument("--data", default=TrainConfig.data, help="folder that prepare_data.py wrote")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
@@ -101,7 +105,9 @@ def main():
         for seed in args.seeds:
             for family in args.families:
                 scale = 1.0 if family == "dense" else args.routed_lr_scale
-                recipes = [(shape, args.batch_size, args.lr, scale) for shape in args.shapes or SHAPES[family]]
+                causal = args.causal if family == "mod" else "router"  # which for the others means nothing
+                recipe = args.batch_size, args.lr, scale, causal
+                recipes = [(shape, *recipe) for shape in args.shapes or SHAPES[family]]
                 if args.shapes == ["best"]:
                     recipes = [lowest(rows, family, budget, sha256)]
                 for shape, *recipe in recipes:

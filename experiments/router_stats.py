@@ -122,11 +122,12 @@ def main(argv):
     losses = {
         "top-k": topk,
         "causal": look(model, x, y, causal=True)[0],
-        "as many in each sequence, by the predictor": look_by_predictor(model, x, y),
         "every routed block skipped": skip,
         "random, as many tokens": look(model, x, y, rank=lambda rows: torch.rand(len(rows), T))[0],
         "oracle: the hardest, as many": look(model, x, y, rank=lambda rows: hard[rows])[0],
     }
+    if model.config.has_predictor:
+        losses["as many in each sequence, by the predictor"] = look_by_predictor(model, x, y)
     position = torch.arange(T).expand_as(x) * 4 // T
     parts = [position >= 0, *(position == quarter for quarter in range(4))]
     rows = [
