@@ -137,7 +137,7 @@ def histograms(args):
             upper.hist(route.r[j][chosen], np.linspace(low, high, 41), **style)
             lower.hist(route.logit[j][chosen].sigmoid(), np.linspace(0, 1, 21), **style)
         upper.set(title=blocks[j], xlabel="router weight r")
-        lower.set(xlabel="probability of being taken, foreseen", yscale="log")
+        lower.set(xlabel="foreseen probability", yscale="log")
         lower.axvline(0.5, color=INK, linewidth=0.8, linestyle="--")
     axes[0, 0].set_ylabel("% of the tokens")
     axes[1, 0].set_ylabel("% of the tokens (log scale)")
