@@ -1598,7 +1598,10 @@ def run_train(small_data, tmp_path):
 
 
 def without_clock(lines):
-    return [{key: value for key, value in line.items() if key not in ("timing", "train")} for line in lines]
+    """And val_causal to six digits: its matrices have odd shapes, of which a product's last bit may depend on where in
+    memory they lie."""
+    kept = [{key: value for key, value in line.items() if key not in ("timing", "train")} for line in lines]
+    return [{**line, "val_causal": f"{line['val_causal']:.5f}"} if "val_causal" in line else line for line in kept]
 
 
 def same_parameters(a, b):
