@@ -1597,11 +1597,8 @@ def run_train(small_data, tmp_path):
     return call
 
 
-def without_clock(lines):
-    """And val_causal to six digits: its matrices have odd shapes, of which a product's last bit may depend on where in
-    memory they lie."""
-    kept = [{key: value for key, value in line.items() if key not in ("timing", "train")} for line in lines]
-    return [{**line, "val_causal": f"{line['val_causal']:.5f}"} if "val_causal" in line else line for line in kept]
+def without_clock(lines, *others):
+    return [{key: value for key, value in line.items() if key not in ("timing", "train", *others)} for line in lines]
 
 
 def same_parameters(a, b):
@@ -2288,7 +2285,7 @@ def test_routers_find_the_tokens_that_need_them(tmp_path):
     for seed in range(3):
         model, learned = ended(seed, "topk")
         found = (model(x)[2].taken & (x == ord("?"))).sum((1, 2)) / (x == ord("?")).sum()
-        assert found.max() > 0.3
+        assert found.max() > 0.4
         assert max(learned["val_topk"], learned["val_causal"]) < 0.95 * ended(seed, "random")[1]["val_topk"]
 
 
@@ -2372,7 +2369,9 @@ def test_a_run_killed_at_any_moment_goes_on_and_ends_the_same(run_train, small_d
         done = step
     assert killed >= 3
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
-    assert without_clock(lines) == without_clock(whole)
+    assert without_clock(lines, "val_causal") == without_clock(whole, "val_causal")
+    for line, same in zip(lines[1:], whole[1:], strict=True):  # in another process a last bit was seen to differ
+        assert line["val_causal"] == pytest.approx(same["val_causal"], rel=1e-6)
     assert same_parameters(load(out)["model"], load(tmp_path / "whole")["model"])
 
 

@@ -225,16 +225,11 @@ def main():
     parser.add_argument("--resume", action="store_true", help="likewise")
     args = parser.parse_args()
     table = ROOT / "assets" / "ablations.csv"
-
     layers, width = map(int, args.shape.split("x"))
 
     def out_of(name, seed):
-        return (
-            ROOT
-            / "out"
-            / "ablate"
-            / f"{name}-{args.shape}-{args.routed_lr_scale:g}-{args.causal}-{args.budget:g}-{seed}"
-        )
+        recipe = f"{args.shape}-{args.routed_lr_scale:g}-{args.causal}"
+        return ROOT / "out" / "ablate" / f"{name}-{recipe}-{args.budget:g}-{seed}"
 
     if args.one:
         (name,), (seed,) = args.only, args.seeds

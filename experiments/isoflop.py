@@ -106,8 +106,8 @@ def main():
             for family in args.families:
                 scale = 1.0 if family == "dense" else args.routed_lr_scale
                 causal = args.causal if family == "mod" else "router"  # which for the others means nothing
-                recipe = args.batch_size, args.lr, scale, causal
-                recipes = [(shape, *recipe) for shape in args.shapes or SHAPES[family]]
+                usual = args.batch_size, args.lr, scale, causal
+                recipes = [(shape, *usual) for shape in args.shapes or SHAPES[family]]
                 if args.shapes == ["best"]:
                     recipes = [lowest(rows, family, budget, sha256)]
                 for shape, *recipe in recipes:
