@@ -137,6 +137,11 @@ def into_body():
     mod.RoutedBlock.decide = lambda block, seen, r: r
 
 
+def choice_weight(weight):
+    """The loss that teaches the router to foresee its choice counts that much."""
+    train.choice_loss = lambda route: weight * mod.choice_loss(route)
+
+
 def muon_for_all():
     """Muon for the matrices of routed blocks as well. (A budget counts its FLOPs.)"""
     train.muon_matrices = lambda model: [p for b in model.blocks for p in getattr(b, "block", b).parameters()]
@@ -192,6 +197,8 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has half the blocks
     "raw_gate": ({"gate": "raw"}, None),
     "raw_input": ({}, raw_input),
     "into_body": ({}, into_body),
+    "choice_0.1": ({}, lambda: choice_weight(0.1)),
+    "choice_10": ({}, lambda: choice_weight(10)),
     "router_lr_1": ({"router_lr_scale": 1}, None),
     "router_lr_0.03": ({"router_lr_scale": 0.03}, None),
     "router_lr_0": ({"router_lr_scale": 0}, None),
@@ -203,10 +210,6 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has half the blocks
     "batch_2_dense_half": ({"capacity": 1, "batch_size": 2}, None),
     "batch_8": ({"batch_size": 8}, None),
     "batch_8_dense_half": ({"capacity": 1, "batch_size": 8}, None),
-    "lr_0.0028": ({"lr": 2.8e-3}, None),
-    "lr_0.0028_dense_half": ({"capacity": 1, "lr": 2.8e-3}, None),
-    "lr_0.0056": ({"lr": 5.6e-3}, None),
-    "lr_0.0056_dense_half": ({"capacity": 1, "lr": 5.6e-3}, None),
     "context_1024": ({"block_size": 1024, "batch_size": 1}, None),
     "dense_half_context_1024": ({"capacity": 1, "block_size": 1024, "batch_size": 1}, None),
 }
@@ -216,6 +219,7 @@ def main():
     parser = argparse.ArgumentParser(description="Ablations of the routing recipe.")
     parser.add_argument("--budget", type=float, default=6e12, help="training FLOPs of each run")
     parser.add_argument("--shape", default="4x96", help="LAYERSxWIDTH")
+    parser.add_argument("--lr", type=float, default=8e-3)
     parser.add_argument("--routed_lr_scale", type=float, default=0.25)
     parser.add_argument("--causal", choices=mod.CHOICES["causal"], default="router")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -228,7 +232,7 @@ def main():
     layers, width = map(int, args.shape.split("x"))
 
     def out_of(name, seed):
-        recipe = f"{args.shape}-{args.routed_lr_scale:g}-{args.causal}"
+        recipe = f"{args.shape}-{args.lr:g}-{args.routed_lr_scale:g}-{args.causal}"
         return ROOT / "out" / "ablate" / f"{name}-{recipe}-{args.budget:g}-{seed}"
 
     if args.one:
@@ -239,7 +243,7 @@ def main():
             "n_head": max(2, width // 32),
             "n_embd": width,
             "batch_size": 4,
-            "lr": 4e-3,
+            "lr": args.lr,
             "routed_lr_scale": args.routed_lr_scale,
             "causal": args.causal,
             **flags,
@@ -254,12 +258,12 @@ def main():
 
     jobs = [
         {
-            "key": {"variant": name, "budget": f"{args.budget:g}", "shape": args.shape,
+            "key": {"variant": name, "budget": f"{args.budget:g}", "shape": args.shape, "lr": f"{args.lr:g}",
                     "routed_lr_scale": f"{args.routed_lr_scale:g}", "causal": args.causal, "seed": seed},
             "out": out_of(name, seed),
             "command": ["experiments/ablate.py", "--one", "--only", name, "--seeds", str(seed), "--budget",
-                        str(args.budget), "--shape", args.shape, "--routed_lr_scale", str(args.routed_lr_scale),
-                        "--causal", args.causal],
+                        str(args.budget), "--shape", args.shape, "--lr", str(args.lr), "--routed_lr_scale",
+                        str(args.routed_lr_scale), "--causal", args.causal],
         }
         for seed in args.seeds
         for name in args.only
