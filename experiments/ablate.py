@@ -1,7 +1,7 @@
 """Which recipe makes the router pay? One change at a time, each over several seeds, at equal training FLOPs.
 
     python experiments/ablate.py                                   all variants, three seeds; hours on two cores
-    python experiments/ablate.py --only base centred --budget 2e13 --shape 8x64 --routed_lr_scale 1
+    python experiments/ablate.py --only base centred --budget 2e13 --shape 6x96
 
 Appends a line per run to assets/ablations.csv and goes on where it was stopped. What train.py has no flag for
 is patched in here, so that mod.py and train.py stay what they are.
@@ -202,6 +202,7 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has half the blocks
     "router_lr_1": ({"router_lr_scale": 1}, None),
     "router_lr_0.03": ({"router_lr_scale": 0.03}, None),
     "router_lr_0": ({"router_lr_scale": 0}, None),
+    "capacity_0.03125": ({"capacity": 0.03125}, None),
     "capacity_0.0625": ({"capacity": 0.0625}, None),
     "capacity_0.25": ({"capacity": 0.25}, None),
     "capacity_0.5": ({"capacity": 0.5}, None),
@@ -219,7 +220,7 @@ def main():
     parser = argparse.ArgumentParser(description="Ablations of the routing recipe.")
     parser.add_argument("--budget", type=float, default=6e12, help="training FLOPs of each run")
     parser.add_argument("--shape", default="4x96", help="LAYERSxWIDTH")
-    parser.add_argument("--lr", type=float, default=8e-3)
+    parser.add_argument("--lr", type=float, default=5.6e-3)
     parser.add_argument("--routed_lr_scale", type=float, default=0.25)
     parser.add_argument("--causal", choices=mod.CHOICES["causal"], default="router")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -46,7 +46,7 @@ INK, GREY, PALE = "#1b1b1b", "#6b6b6b", "#e9e9e9"
 FAMILIES = {"dense": "dense", "mod": "MoD", "random": "random routing"}
 MADE_BY = {  # the command for an input that is missing
     "mod": "python train.py --flops 2e13 --out {path}",
-    "dense": "python train.py --capacity 1 --n_layer 4 --flops 2e13 --out {path}",
+    "dense": "python train.py --capacity 1 --n_layer 3 --flops 2e13 --out {path}",
     "random": "python train.py --routing random --flops 2e13 --out {path}",
     "bench.json": "python experiments/bench.py",
     "ablations.csv": "python experiments/ablate.py",
@@ -286,7 +286,7 @@ def ablations(args):
     variants = sorted(settings[budget, shape].items(), key=lambda item: -np.mean(item[1]))
     figure, axis = plt.subplots(figsize=(8, 1.1 + 0.26 * len(variants)))
     for i, (name, losses) in enumerate(variants):
-        color = COLORS.get(name.split("_")[0], COLORS["mod"])
+        color = COLORS["dense" if "dense" in name else "random" if name.startswith("random") else "mod"]
         axis.plot(losses, [i] * len(losses), "o", color=color, alpha=0.5, ms=5, mew=0)
         axis.plot(np.mean(losses), i, "|", color=color, ms=14, mew=2.5)
     axis.set_yticks(range(len(variants)), [f"{name} ({len(losses)})" for name, losses in variants])
@@ -314,6 +314,12 @@ def isoflop_runs(args):
     return runs
 
 
+def lowest_of(runs):
+    """Of runs, a list of runs for each key, the key with the lowest mean loss among those of the most seeds."""
+    most = max(map(len, runs.values()))
+    return min((key for key in runs if len(runs[key]) == most), key=lambda key: np.mean([r["loss"] for r in runs[key]]))
+
+
 def isoflop(args):
     """Causal loss of each shape at each budget; the lowest of each family (the mean over its seeds,
     bars for their range); the same relative to dense."""
@@ -324,20 +330,22 @@ def isoflop(args):
     for family, name in FAMILIES.items():
         lowest = []
         for budget in budgets:
-            points = {key: [run["loss"] for run in of] for key, of in runs.items() if key[:2] == (family, budget)}
+            points = {key: of for key, of in runs.items() if key[:2] == (family, budget)}
             if not points:  # not run yet
                 continue
-            mean = {key: np.mean(losses) for key, losses in points.items()}
-            curves = defaultdict(dict)  # by width: parameters, and the lowest mean among a shape's recipes
-            for key in sorted(points, key=mean.get, reverse=True):
-                curves[key[2].split("x")[1]][runs[key][0]["params"]] = mean[key]
+            curves = defaultdict(list)  # by width: parameters and loss of each shape
+            for shape in {key[2] for key in points}:
+                of = runs[lowest_of({key: of for key, of in points.items() if key[2] == shape})]
+                curves[shape.split("x")[1]].append((of[0]["params"], np.mean([run["loss"] for run in of])))
             for curve in curves.values():
-                left.plot(*zip(*sorted(curve.items()), strict=True), marker="o", ms=4, color=COLORS[family])
-            best = min(points, key=mean.get)
+                left.plot(*zip(*sorted(curve), strict=True), marker="o", ms=4, color=COLORS[family])
+            best = points[lowest_of(points)]
+            losses = [run["loss"] for run in best]
+            mean = np.mean(losses)
             if family == "dense":
-                left.text(runs[best][0]["params"], mean[best] - 0.006, label(budget), ha="center", va="top", fontsize=8)
-            lowest.append((budget, mean[best], mean[best] - min(points[best]), max(points[best]) - mean[best]))
-            baseline.setdefault(budget, mean[best])
+                left.text(best[0]["params"], mean - 0.006, label(budget), ha="center", va="top", fontsize=8)
+            lowest.append((budget, mean, mean - min(losses), max(losses) - mean))
+            baseline.setdefault(budget, mean)
         x, y, down, up = np.array(lowest).T
         style = {"marker": "o", "ms": 4, "color": COLORS[family], "capsize": 3, "label": name}
         middle.errorbar(x, y, yerr=(down, up), **style)
@@ -360,10 +368,13 @@ def isoflop(args):
 
 def halves(args):
     """Each MoD shape against its dense half, by the steps that this half makes: the difference of causal losses."""
-    lowest = {}  # (family, budget, shape): the lowest mean over seeds among its recipes, steps
-    for (family, budget, shape, *_), of in isoflop_runs(args).items():
-        found = np.mean([run["loss"] for run in of]), of[0]["steps"], len(of)
-        lowest[family, budget, shape] = min(found, lowest.get((family, budget, shape), found))
+    recipes = defaultdict(dict)
+    for key, of in isoflop_runs(args).items():
+        recipes[key[:3]][key] = of
+    lowest = {}  # (family, budget, shape): mean loss over seeds, steps, seeds
+    for shape, runs in recipes.items():
+        of = runs[lowest_of(runs)]
+        lowest[shape] = np.mean([run["loss"] for run in of]), of[0]["steps"], len(of)
     figure, axis = plt.subplots(figsize=(6.5, 4))
     axis.axhline(0, color="black", lw=0.8)
     points = defaultdict(list)

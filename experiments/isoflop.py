@@ -1,7 +1,7 @@
 """Dense, MoD and random routing at equal training FLOPs: which shape of each family gets the lowest loss?
 
     python experiments/isoflop.py --budgets 2e12 6e12 2e13                  the whole sweep, hours on two cores
-    python experiments/isoflop.py --budgets 2e12 --families mod --shapes 8x64 --seeds 0 1 2
+    python experiments/isoflop.py --budgets 2e13 --families mod --shapes 6x96 --seeds 0 1 2
     python experiments/figures.py --only isoflop                            assets/isoflop.png from the table
 
 A shape is LAYERSxWIDTH. Every run is a train.py run, resumed where it was stopped, and one line of
@@ -23,7 +23,7 @@ from train import TrainConfig  # noqa: E402
 
 TABLE = ROOT / "assets" / "isoflop.csv"
 FAMILIES = {"dense": ["--capacity=1"], "mod": [], "random": ["--routing=random"]}
-DENSE = ["3x48", "4x48", "3x64", "4x64", "6x64", "3x96", "4x96"]
+DENSE = ["2x64", "3x64", "1x96", "2x96", "3x96", "4x96"]
 SHAPES = {  # a MoD model of 2N blocks costs about what its N unrouted blocks cost, so it is swept at twice the depth
     "dense": DENSE,
     "mod": [f"{2 * int(shape[0])}{shape[1:]}" for shape in DENSE],
@@ -90,8 +90,8 @@ def main():
     parser.add_argument("--shapes", nargs="+", help="LAYERSxWIDTH, or best (default: the sweep's list)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--routed_lr_scale", type=float, default=1, help="of MoD and random routing")
+    parser.add_argument("--lr", type=float, default=5.6e-3)
+    parser.add_argument("--routed_lr_scale", type=float, default=0.25, help="of MoD and random routing")
     parser.add_argument("--causal", choices=CHOICES["causal"], default="router", help="of MoD")
     parser.add_argument("--data", default=TrainConfig.data, help="folder that prepare_data.py wrote")
     parser.add_argument("--processes", type=int, default=2)
