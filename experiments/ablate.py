@@ -220,7 +220,7 @@ def main():
     parser = argparse.ArgumentParser(description="Ablations of the routing recipe.")
     parser.add_argument("--budget", type=float, default=6e12, help="training FLOPs of each run")
     parser.add_argument("--shape", default="4x96", help="LAYERSxWIDTH")
-    parser.add_argument("--lr", type=float, default=5.6e-3)
+    parser.add_argument("--lr", type=float, default=8e-3)
     parser.add_argument("--routed_lr_scale", type=float, default=0.25)
     parser.add_argument("--causal", choices=mod.CHOICES["causal"], default="router")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

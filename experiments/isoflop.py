@@ -90,7 +90,7 @@ def main():
     parser.add_argument("--shapes", nargs="+", help="LAYERSxWIDTH, or best (default: the sweep's list)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=5.6e-3)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--routed_lr_scale", type=float, default=0.25, help="of MoD and random routing")
     parser.add_argument("--causal", choices=CHOICES["causal"], default="router", help="of MoD")
     parser.add_argument("--data", default=TrainConfig.data, help="folder that prepare_data.py wrote")
