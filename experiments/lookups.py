@@ -18,7 +18,10 @@ from prepare_data import Parser, load_data, prepare, run  # noqa: E402
 from test_mod import lookups  # noqa: E402
 from train import TrainConfig, load_checkpoint, spread_windows, train  # noqa: E402
 
-SHAPE = dict(preset="cpu", n_layer=1, route_every=1, n_head=2, n_embd=32, block_size=64, batch_size=16, device="cpu")
+SHAPE = dict(
+    preset="cpu", n_layer=1, route_every=1, n_head=2, n_embd=32, block_size=64, batch_size=16, device="cpu",
+    routed_lr_scale=1.0,
+)  # fmt: skip
 
 
 def main(argv):
