@@ -375,7 +375,7 @@ def halves(args):
     for shape, runs in recipes.items():
         of = runs[lowest_of(runs)]
         lowest[shape] = np.mean([run["loss"] for run in of]), of[0]["steps"], len(of)
-    figure, axis = plt.subplots(figsize=(6.5, 4))
+    figure, axis = plt.subplots(figsize=(9, 5))
     axis.axhline(0, color="black", lw=0.8)
     points = defaultdict(list)
     for (family, budget, shape), (loss, _, seeds) in lowest.items():
