@@ -207,12 +207,8 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has half the blocks
     "capacity_0.25": ({"capacity": 0.25}, None),
     "capacity_0.5": ({"capacity": 0.5}, None),
     "route_every_3": ({"route_every": 3}, None),
-    "batch_2": ({"batch_size": 2}, None),
-    "batch_2_dense_half": ({"capacity": 1, "batch_size": 2}, None),
-    "batch_8": ({"batch_size": 8}, None),
-    "batch_8_dense_half": ({"capacity": 1, "batch_size": 8}, None),
-    "context_1024": ({"block_size": 1024, "batch_size": 1}, None),
-    "dense_half_context_1024": ({"capacity": 1, "block_size": 1024, "batch_size": 1}, None),
+    "context_1024": ({"block_size": 1024}, None),  # (at a quarter of the batch it has as many tokens a step)
+    "dense_half_context_1024": ({"capacity": 1, "block_size": 1024}, None),
 }
 
 
@@ -220,7 +216,8 @@ def main():
     parser = argparse.ArgumentParser(description="Ablations of the routing recipe.")
     parser.add_argument("--budget", type=float, default=6e12, help="training FLOPs of each run")
     parser.add_argument("--shape", default="4x96", help="LAYERSxWIDTH")
-    parser.add_argument("--lr", type=float, default=8e-3)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=1.13e-2)
     parser.add_argument("--routed_lr_scale", type=float, default=0.25)
     parser.add_argument("--causal", choices=mod.CHOICES["causal"], default="router")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -233,7 +230,7 @@ def main():
     layers, width = map(int, args.shape.split("x"))
 
     def out_of(name, seed):
-        recipe = f"{args.shape}-{args.lr:g}-{args.routed_lr_scale:g}-{args.causal}"
+        recipe = f"{args.shape}-{args.batch_size}-{args.lr:g}-{args.routed_lr_scale:g}-{args.causal}"
         return ROOT / "out" / "ablate" / f"{name}-{recipe}-{args.budget:g}-{seed}"
 
     if args.one:
@@ -243,7 +240,7 @@ def main():
             "n_layer": layers // 2 if "dense_half" in name else layers,
             "n_head": max(2, width // 32),
             "n_embd": width,
-            "batch_size": 4,
+            "batch_size": args.batch_size,
             "lr": args.lr,
             "routed_lr_scale": args.routed_lr_scale,
             "causal": args.causal,
@@ -259,12 +256,13 @@ def main():
 
     jobs = [
         {
-            "key": {"variant": name, "budget": f"{args.budget:g}", "shape": args.shape, "lr": f"{args.lr:g}",
+            "key": {"variant": name, "budget": f"{args.budget:g}", "shape": args.shape,
+                    "batch_size": args.batch_size, "lr": f"{args.lr:g}",
                     "routed_lr_scale": f"{args.routed_lr_scale:g}", "causal": args.causal, "seed": seed},
             "out": out_of(name, seed),
             "command": ["experiments/ablate.py", "--one", "--only", name, "--seeds", str(seed), "--budget",
-                        str(args.budget), "--shape", args.shape, "--lr", str(args.lr), "--routed_lr_scale",
-                        str(args.routed_lr_scale), "--causal", args.causal],
+                        str(args.budget), "--shape", args.shape, "--batch_size", str(args.batch_size), "--lr",
+                        str(args.lr), "--routed_lr_scale", str(args.routed_lr_scale), "--causal", args.causal],
         }
         for seed in args.seeds
         for name in args.only

@@ -280,7 +280,8 @@ def ablations(args):
     """Causal loss of each variant at the budget and shape that most have a run of: a dot per seed, and the mean."""
     settings = defaultdict(lambda: defaultdict(list))
     for row in read_table(args.assets / "ablations.csv"):
-        name = row["variant"] + ", predictor" * (row["causal"] == "predictor") + f", rate {row['lr']}"
+        name = row["variant"] + ", predictor" * (row["causal"] == "predictor")
+        name += f", batch {row['batch_size']}, rate {row['lr']}"
         settings[row["budget"], row["shape"]][name].append(float(row["val_causal"]))
     budget, shape = max(settings, key=lambda setting: len(settings[setting]))
     variants = sorted(settings[budget, shape].items(), key=lambda item: -np.mean(item[1]))
