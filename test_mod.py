@@ -1667,14 +1667,15 @@ def test_a_flops_budget_is_kept(run_train):
     assert last["step"] == 7 and last["flops"] == pytest.approx(7 * per_step)
 
 
-def test_the_body_does_not_feel_the_predictor(run_train, tmp_path, monkeypatch):
-    """Trap: one gradient-norm clip over both rescales the body's step by the predictor's loss."""
-    run_train("--steps=5", "--causal=predictor", name="with")
+@pytest.mark.parametrize("causal, steps, learns", [("predictor", 5, ".predictor."), ("router", 1, ".router.")])
+def test_the_body_does_not_feel_the_choice_loss(run_train, tmp_path, monkeypatch, causal, steps, learns):
+    """Trap: one gradient-norm clip over both rescales the body's step by it. (A router then chooses otherwise.)"""
+    run_train(f"--steps={steps}", f"--causal={causal}", name="with")
     monkeypatch.setattr(train, "choice_loss", lambda route: 100 * route.logit.square().sum())
-    run_train("--steps=5", "--causal=predictor", name="other")
+    run_train(f"--steps={steps}", f"--causal={causal}", name="other")
     a, b = load(tmp_path / "with")["model"], load(tmp_path / "other")["model"]
-    assert any(not torch.equal(a[name], b[name]) for name in a if ".predictor." in name)
-    assert all(torch.equal(a[name], b[name]) for name in a if ".predictor." not in name)
+    assert any(not torch.equal(a[name], b[name]) for name in a if learns in name)
+    assert all(torch.equal(a[name], b[name]) for name in a if learns not in name)
 
 
 def test_accumulation_changes_nothing(run_train, tmp_path):

@@ -402,10 +402,12 @@ def train(config):
     eval_interval = config.eval_interval or max(1, steps // 10)
     learns_to_choose = config.routing == "topk" and any(map(model_config.is_routed, range(config.n_layer)))
 
-    # The predictors get an optimizer step of their own size: clipped together with the body, their loss
-    # would rescale the body's gradient, and the language model would notice that they learn.
+    # Clipped apart: in one norm with the body's, the gradients of what learns to choose would rescale the
+    # body's step, and the language model would notice that it learns.
+    routers = [p for name, p in model.named_parameters() if ".router." in name]
     predictors = [p for name, p in model.named_parameters() if ".predictor." in name]
-    body = [p for name, p in model.named_parameters() if ".predictor." not in name]
+    choosers = set(map(id, routers + predictors))
+    body = [p for p in model.parameters() if id(p) not in choosers]
     optimizers = make_optimizers(model, config.router_lr_scale, config.routed_lr_scale, config.weight_decay)
     step, spent = 0, 0.0
     loss_sum, loss_count = (
@@ -530,8 +532,8 @@ def train(config):
                 choice = choice_loss(route) if learns_to_choose else torch.zeros_like(loss)
                 ((loss + choice) / config.accumulate).backward()
                 loss_sum += torch.stack((loss, choice)).detach() / config.accumulate
-            torch.nn.utils.clip_grad_norm_(body, 1.0)
-            torch.nn.utils.clip_grad_norm_(predictors, 1.0)
+            for parameters in (body, routers, predictors):
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
