@@ -15,10 +15,11 @@ attention and MLP (k = capacity * T, say 12.5 %); the others pass by on the resi
                     |                             |                                 |
                     +------------------------- gather --> (B, k, C) --> f = attention, MLP
 
-In the paper r_i = w . x_i and gate(r) = r. Here r_i = w . norm(x_i) and the gate is a sigmoid; a token's embedding has
-parts of the three before it, and only a quarter of the rotary pairs turn. README says why.
+In the paper r_i = w . x_i and gate(r) = r. Here r_i = w . norm(x_i), the gate is a sigmoid, and the loss that teaches
+r > 0 (below) stops at the router; a short causal convolution mixes each embedding with the three before it, and only a
+quarter of the rotary pairs turn. README says why.
 
-Who is chosen is the only thing that differs between the two modes:
+Who is chosen is the only thing that differs between the two modes (attention is causal in both):
     top-k   compares a token with the whole sequence. k is known beforehand, so every shape is fixed: for training.
             The loss under top-k has seen the future, though: whether a token is taken depends on later ones.
     causal  asks each token alone: is r > 0? The router learns to make that mean "top-k takes it" (section 3.5; or a
@@ -26,7 +27,7 @@ Who is chosen is the only thing that differs between the two modes:
             not taken costs a block no more than this question, and leaves nothing in its KV cache.
 
 Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary, L routed blocks,
-        k tokens a routed block takes (causal: the most that a row takes; shorter rows are padded): the T of its Block,
+        k tokens of a row that a routed block takes (causal: the longest row's, others are padded); its Block's T is k,
         R rows of the batch that take the current token, S keys in the longest of them.
         A suffix names the shape where it matters: idx_BK is (B, k).
 
@@ -49,7 +50,7 @@ CHOICES = {"routing": ("topk", "random"), "causal": ("router", "predictor"), "ga
 
 @dataclass
 class MoDConfig:
-    vocab_size: int = 257
+    vocab_size: int = 257  # the bytes, and an end-of-text token
     block_size: int = 256  # context length: the longest sequence the rotary table covers
     n_layer: int = 8
     n_head: int = 4
@@ -64,6 +65,7 @@ class MoDConfig:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "route_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        # At least 4, since a predictor is n_embd // 4 wide.
         if self.n_embd < 4 or self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of 2 x n_head {self.n_head}, and at least 4")
         if not 0 < self.capacity <= 1:
@@ -84,7 +86,7 @@ class MoDConfig:
         return max(1, round(self.capacity * T))
 
     def flops_per_token(self, T, share=None):
-        """Forward FLOPs per token of a T-token sequence, the mean over its positions; training costs 3 times that.
+        """Forward FLOPs per token of a T-token sequence, the mean over its positions; training counts as 3 times that.
 
         share is the part of the tokens that routed blocks take, k / T if None. A product of m x p by p x n
         counts 2mpn; of causal attention the needed half is counted, T / 2 keys for the mean query.
@@ -160,7 +162,7 @@ class KVCache:
         self.reserve(k.size(2))
         self.k[:, :, : k.size(2)], self.v[:, :, : k.size(2)] = k, v
         self.length = list(length)
-        return k, v, None
+        return k, v, None  # a prompt attends to itself alone, and is_causal masks it
 
     def append(self, k, v, rows):
         """Take one token (R, H, 1, D) for each of rows, ascending; return all these rows hold, (R, H, S, D), and a
@@ -175,13 +177,13 @@ class KVCache:
             self.k[part, :, S - 1 : S], self.v[part, :, S - 1 : S] = k, v
             return self.k[part, :, :S], self.v[part, :, :S], None
         idx_R, end_R = torch.tensor([rows, length], device=k.device)
-        self.k[idx_R, :, end_R - 1], self.v[idx_R, :, end_R - 1] = k[:, :, 0], v[:, :, 0]
+        self.k[idx_R, :, end_R - 1], self.v[idx_R, :, end_R - 1] = k[:, :, 0], v[:, :, 0]  # (R, H, D)
         mask = torch.arange(S, device=k.device) < end_R[:, None]  # (R, S)
         return self.k[idx_R, :, :S], self.v[idx_R, :, :S], mask[:, None, None]
 
     @property
     def bytes_used(self):
-        """By the keys and values held; the buffers may have room for more."""
+        """Of the keys and values held; the buffers may be larger."""
         return 2 * sum(self.length) * self.k[0, :, 0].numel() * self.k.element_size()
 
 
@@ -262,10 +264,11 @@ class RoutedBlock(nn.Module):
         return r if self.config.routing == "topk" else torch.rand_like(r)
 
     def decide(self, seen, r):
-        """The causal decision's logit (B, T). Section 3.5: r itself or a predictor's, either taught by choice_loss."""
+        """The causal decision's logit (B, T). Section 3.5: r itself, or a predictor's; either taught by choice_loss."""
         if self.config.routing == "random":
             return torch.rand_like(r) - (1 - self.config.capacity)  # above 0 with probability capacity
-        # Detached: to foresee the choice, a router or predictor learns, but not the residual stream that it reads.
+        # Detached: choice_loss teaches the router or predictor, not the residual stream that it reads. So in training
+        # the router's product is made twice.
         if self.predictor is not None:
             return self.predictor(seen.detach()).squeeze(-1)
         return self.router(seen.detach()).squeeze(-1) if seen.requires_grad else r  # the same values
@@ -315,7 +318,8 @@ class RoutedBlock(nn.Module):
 
 
 def choice_loss(route):
-    """What teaches the router (or predictor) to foresee the top-k choice, section 3.5: add it to the cross-entropy.
+    """The auxiliary loss of section 3.5, which teaches the router (or predictor) to foresee the top-k choice: add it to
+    the cross-entropy.
 
     The mean binary cross-entropy in nats, for the Route of a forward that is not causal; random routing has nothing
     to learn.
@@ -347,23 +351,24 @@ class MoD(nn.Module):
             if name.endswith(("qkv.weight", "up.weight", "head.weight")):
                 # Stored by columns, the longer side: a CPU reads it up to twice as fast to multiply a lone token.
                 p.data = p.data.t().contiguous().t()
-        self.mix.data[:, -1] = 1  # at first, its own token has the largest part in an embedding
+        self.mix.data[:, -1] = 1  # the embedding's own token; the three before it have weights of N(0, 1/4)
 
     def forward(self, idx, targets=None, causal=False, threshold=0.0, cache=None, start=0):
         """Tokens idx (B, T) -> logits (B, T, V); mean cross-entropy with targets (B, T) in nats, or None; the Route of
         all routed blocks, (L, B, T), or None if there are none. choice_loss is left to the training loop.
 
-        Top-k routing, unless causal: then a token is taken if its logit exceeds threshold; a higher one spends less.
-        With a cache (see new_cache; it implies causal) idx is the whole text so far, (B, start + T), and the cache
-        holds its first start tokens: none (it is fresh; idx is a prompt) or all but one. Logits: the last token's only.
+        Top-k routing, unless causal: then a token is taken if its logit exceeds threshold; the higher, the fewer.
+        With a cache (see new_cache; it implies causal) idx is the whole text so far, (B, start + T), since embed reads
+        the three tokens before; the cache holds its first start tokens: none (it is fresh; idx is a prompt) or all but
+        one. Logits: the last token's only.
 
-        Routers and predictors are float32; all other weights may be bfloat16, and so is then what a cache holds. Under
-        autocast matrix products alone are: for training, not with a cache.
+        Routers and predictors are float32; all other weights may be bfloat16, and so is then what a cache holds.
+        Autocast (bfloat16 in matrix products only) is for training, not with a cache.
         """
-        causal = causal or cache is not None  # top-k would need the future
+        causal = causal or bool(cache)  # top-k would need the future
         x = self.embed(idx, start)
         B, T, _ = x.shape
-        assert start == 0 or (cache and T == 1), "after a start: one token at a time, and its cache"
+        assert start == 0 or (cache and T == 1), "start > 0 needs a cache and exactly one new token"
         assert start + T <= self.config.block_size, "longer than block_size"
         rope = self.rope[:, start : start + T]  # (2, T, D)
         routes = []
@@ -392,7 +397,7 @@ class MoD(nn.Module):
         the three before it (not in the paper; README tells what it is for)."""
         x = norm(self.embedding(idx[:, max(0, start - 3) :]))
         x = F.pad(x, (0, 0, max(0, 3 - start), 0))  # nothing is before the first token
-        return (x.unfold(1, 4, 1) * self.mix).sum(dim=-1)
+        return (x.unfold(1, 4, 1) * self.mix).sum(dim=-1)  # the window is the last dimension: (B, T - start, C, 4)
 
     def new_cache(self, batch):
         """An empty KV cache: one KVCache per block, for batch rows."""
@@ -404,7 +409,7 @@ class MoD(nn.Module):
 
     @torch.inference_mode()
     def generate(self, idx, num_tokens, temperature=1.0, top_k=None, top_p=None, threshold=0.0):
-        """Continue the prompts idx (B, T), any T >= 1 (of a longer one the last block_size), through the KV cache.
+        """Continue the prompts idx (B, T), T >= 1, of which the last block_size tokens are used, through the KV cache.
 
         Yields, num_tokens times: the new tokens (B, 1); the logits (B, V) they came from; the Route of the tokens
         fed to get there: the prompt at first, then the last new token; the cache. When the context is full, the
