@@ -525,7 +525,7 @@ def test_a_start_is_refused_without_a_cache_or_for_several_tokens():
     """Either would pass for a text that begins in its middle."""
     model, idx = redrawn(), tokens(1, 8)
     for start, cache in ((7, None), (5, model.new_cache(1))):
-        with pytest.raises(AssertionError, match="one token at a time"):
+        with pytest.raises(AssertionError, match="exactly one new token"):
             model(idx, start=start, cache=cache)
 
 
