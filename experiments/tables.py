@@ -1,0 +1,100 @@
+"""The learning tables of README.md and assets/isoflop.md, from assets/isoflop.csv.
+
+    python experiments/tables.py          prints README's table and writes assets/isoflop.md: every recipe that was run
+
+A recipe is a shape, batch size, learning rate, the part of it that routed blocks have, and who chooses without the
+future. A family's lowest at a budget is the recipe with the lowest mean loss among those with the most seeds.
+"""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from experiments.sweep import read_table  # noqa: E402
+from prepare_data import write_atomic  # noqa: E402
+
+ASSETS = ROOT / "assets"
+TEXTS = {"09399e66bd8f": "stdlib, CPU", "27c4952391d5": "packages, GPU"}  # by the first digits of their SHA-256
+RECIPE = ("shape", "batch_size", "lr", "routed_lr_scale", "causal")
+
+
+def recipes():
+    """The rows of each recipe's seeds, by (text, budget, family), then by recipe."""
+    runs = defaultdict(lambda: defaultdict(list))
+    for row in read_table(ASSETS / "isoflop.csv"):
+        runs[row["data_sha256"], float(row["budget"]), row["family"]][tuple(row[name] for name in RECIPE)].append(row)
+    return runs
+
+
+def losses(rows, which="val_causal"):
+    return [float(row[which]) for row in sorted(rows, key=lambda row: int(row["seed"]))]
+
+
+def lowest(by_recipe):
+    most = max(map(len, by_recipe.values()))
+    return min((recipe for recipe in by_recipe if len(by_recipe[recipe]) == most),
+               key=lambda recipe: mean(losses(by_recipe[recipe])))  # fmt: skip
+
+
+def readme_table(runs, text):
+    lines = ["| training FLOPs | dense | MoD: causal (top-k) | random routing | MoD against dense | against random |",
+             "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for budget in sorted({key[1] for key in runs if key[0] == text}):
+        cells, means = [f"{budget:.0e}".replace("+", "")], {}
+        for family in ("dense", "mod", "random"):
+            by_recipe = runs.get((text, budget, family))
+            if not by_recipe:
+                cells.append("not run")
+                continue
+            recipe = lowest(by_recipe)
+            rows = by_recipe[recipe]
+            means[family] = mean(losses(rows))
+            cells.append(
+                f"{recipe[0]}, batch {recipe[1]}, {float(recipe[2]) * 1e3:g}e-3: "
+                + " ".join(f"{loss:.4f}" for loss in losses(rows)) * (len(rows) > 1)
+                + ", mean " * (len(rows) > 1)
+                + f"**{means[family]:.4f}**"
+                + (f" ({mean(losses(rows, 'val_topk')):.4f})" if family == "mod" else "")
+            )
+        for other in ("dense", "random"):
+            known = "mod" in means and other in means
+            cells.append(f"{100 * (means['mod'] / means[other] - 1):+.1f} %" if known else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def every_recipe(runs):
+    lines = [
+        "Every recipe of `isoflop.csv`, by `python experiments/tables.py`: causal validation loss in nats per byte.",
+        "Rate: in thousandths; routed: the part of it that routed blocks have.",
+    ]
+    for text, name in TEXTS.items():
+        for budget in sorted({key[1] for key in runs if key[0] == text}):
+            lines += ["", f"## {name}, {budget:g} training FLOPs", ""]
+            lines += ["| | shape | batch | rate | routed | who chooses | mean | seeds |", "| --- " * 8 + "|"]
+            for family in ("dense", "mod", "random"):
+                by_recipe = runs.get((text, budget, family), {})
+                for recipe, rows in sorted(by_recipe.items(), key=lambda item: mean(losses(item[1]))):
+                    shape, batch, rate, routed, causal = recipe
+                    cells = [
+                        *(family, shape, batch, f"{float(rate) * 1e3:g}"),
+                        *(routed if family != "dense" else "", causal if family == "mod" else ""),
+                        *(f"{mean(losses(rows)):.4f}", " ".join(f"{loss:.4f}" for loss in losses(rows))),
+                    ]
+                    lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    runs = recipes()
+    print("\n\n".join(readme_table(runs, text) for text in TEXTS))
+    with write_atomic(ASSETS / "isoflop.md") as file:
+        file.write(every_recipe(runs).encode())
+
+
+if __name__ == "__main__":
+    main()
