@@ -132,6 +132,19 @@ def straight_through():
     mod.RoutedBlock.gate = gate
 
 
+def small_router(scale):
+    """At first r is near 0 for every token, so that their gates are alike. What top-k takes is the same."""
+    init = mod.MoD.__init__
+
+    def changed(model, config):
+        init(model, config)
+        for block in model.blocks:
+            if isinstance(block, mod.RoutedBlock):
+                block.router.weight.data *= scale
+
+    mod.MoD.__init__ = changed
+
+
 def into_body():
     """The loss that teaches a router to foresee its choice reaches the residual stream, too, as in the paper."""
     mod.RoutedBlock.decide = lambda block, seen, r: r
@@ -194,6 +207,7 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has half the blocks
     "price_0.01": ({}, lambda: price(0.01)),
     "total_gain_0.25": ({}, lambda: total_gain(0.25)),
     "straight_through": ({}, straight_through),
+    "small_router_0.1": ({}, lambda: small_router(0.1)),
     "raw_gate": ({"gate": "raw"}, None),
     "raw_input": ({}, raw_input),
     "into_body": ({}, into_body),
@@ -206,6 +220,9 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has half the blocks
     "capacity_0.0625": ({"capacity": 0.0625}, None),
     "capacity_0.25": ({"capacity": 0.25}, None),
     "capacity_0.5": ({"capacity": 0.5}, None),
+    "capacity_0.999": ({"capacity": 0.999}, None),  # every token is taken, but the gate is still there
+    "muon_capacity_0.5": ({"capacity": 0.5}, muon_for_all),
+    "muon_capacity_0.999": ({"capacity": 0.999}, muon_for_all),
     "route_every_3": ({"route_every": 3}, None),
     "context_1024": ({"block_size": 1024}, None),  # (at a quarter of the batch it has as many tokens a step)
     "dense_half_context_1024": ({"capacity": 1, "block_size": 1024}, None),
