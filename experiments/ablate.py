@@ -188,7 +188,7 @@ def all_pairs_turn():
     mod.rotary_table = rotary_table
 
 
-VARIANTS = {  # name: (flags, patch or None); a dense half has half the blocks
+VARIANTS = {  # name: (flags, patch or None); a dense half has only the unrouted blocks
     "base": ({}, None),  # train.py's defaults
     "dense_half": ({"capacity": 1}, None),  # what is left without the routed blocks
     "dense_full": ({"capacity": 1}, None),
@@ -254,7 +254,7 @@ def main():
         (name,), (seed,) = args.only, args.seeds
         flags, patch = VARIANTS[name]
         flags = {
-            "n_layer": layers // 2 if "dense_half" in name else layers,
+            "n_layer": layers - layers // 2 if "dense_half" in name else layers,
             "n_head": max(2, width // 32),
             "n_embd": width,
             "batch_size": args.batch_size,

@@ -381,7 +381,7 @@ def halves(args):
     points = defaultdict(list)
     for (family, budget, shape), (loss, _, seeds) in lowest.items():
         layers, width = map(int, shape.split("x"))
-        half = lowest.get(("dense", budget, f"{layers // 2}x{width}"))
+        half = lowest.get(("dense", budget, f"{layers - layers // 2}x{width}"))
         if family == "mod" and half:
             points[width].append(
                 (half[1], 100 * (loss / half[0] - 1), f"{shape}, {label(budget)}", min(seeds, half[2]))
