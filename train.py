@@ -34,7 +34,7 @@ from prepare_data import UserError, get_tokenizer, load_data, make_parser, prepa
 # (Wide routed blocks want a lower rate: next to Muon's, AdamW's steps grow with a matrix's width.)
 PRESETS = {
     "cpu": dict(
-        n_layer=6, n_head=3, n_embd=96, block_size=256, batch_size=4, lr=4e-3, routed_lr_scale=0.25, steps=5500
+        n_layer=6, n_head=3, n_embd=96, block_size=256, batch_size=8, lr=5.6e-3, routed_lr_scale=0.25, steps=3000
     ),
     "gpu": dict(
         n_layer=12, n_head=12, n_embd=384, block_size=256, batch_size=32, lr=4e-3, routed_lr_scale=0.1, steps=5000

@@ -20,7 +20,7 @@ from train import TrainConfig, load_checkpoint, spread_windows, train  # noqa: E
 
 SHAPE = dict(
     preset="cpu", n_layer=1, route_every=1, n_head=2, n_embd=32, block_size=64, batch_size=16, device="cpu",
-    routed_lr_scale=1.0,
+    lr=4e-3, routed_lr_scale=1.0,
 )  # fmt: skip
 
 
