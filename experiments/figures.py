@@ -389,10 +389,10 @@ def halves(args):
     for i, ((width, of), color) in enumerate(zip(sorted(points.items()), shades(len(points)), strict=True)):
         x, y, names, seeds = zip(*of, strict=True)
         axis.scatter(x, y, s=[14 * n for n in seeds], color=color, label=f"{width} wide")
-        up = 1 if i % 2 else -1  # every second width's labels lie below, out of the way of the others'
-        for point in zip(names, zip(x, y, strict=True), strict=True):
+        for j, (name, *point) in enumerate(sorted(zip(names, x, y, strict=True), key=lambda of: of[1:])):
+            up = 1 if (i + j) % 2 else -1  # neighbours' labels go out of each other's way
             style = {"rotation": 35 * up, "va": "bottom" if up == 1 else "top"}
-            axis.annotate(*point, (3, 4 * up), textcoords="offset points", fontsize=7, **style)
+            axis.annotate(name, point, (3, 4 * up), textcoords="offset points", fontsize=7, **style)
     axis.set(xscale="log", xlabel="training steps of the dense half", ylabel="MoD's loss above its dense half's (%)")
     ticks = [1000, 2000, 5000, 10000, 20000, 50000]
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)

@@ -55,6 +55,7 @@ def readme_table(runs, text):
             means[family] = mean(losses(rows))
             cells.append(
                 f"{recipe[0]}, batch {recipe[1]}, {float(recipe[2]) * 1e3:g}e-3: "
+                + "predictor, " * (family == "mod" and recipe[4] == "predictor")
                 + " ".join(f"{loss:.4f}" for loss in losses(rows)) * (len(rows) > 1)
                 + ", mean " * (len(rows) > 1)
                 + f"**{means[family]:.4f}**"
