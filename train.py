@@ -157,8 +157,8 @@ def muon_matrices(model):
 def make_optimizers(model, router_lr_scale, routed_lr_scale, weight_decay):
     """Muon for the matrices of the dense blocks, AdamW for the rest; "scale" multiplies a group's learning rate.
 
-    Muon costs the same whatever the batch: little for a block that sees every token, twice the block's own FLOPs for
-    one that sees an eighth.
+    Muon costs the same whatever the batch: little for a block that sees every token, more than the block's own FLOPs
+    for one that sees an eighth.
     """
     muon = muon_matrices(model)
     of_muon = set(map(id, muon))

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.isoflop import COLORS  # noqa: E402
 from experiments.router_stats import KINDS, kinds_of, load, look  # noqa: E402
-from experiments.sweep import read_table  # noqa: E402
+from experiments.sweep import lowest_of, read_table  # noqa: E402
 from prepare_data import Parser, UserError, load_data, run  # noqa: E402
 from sample import compute_dial, dense_flops  # noqa: E402
 from train import load_checkpoint  # noqa: E402
@@ -315,10 +315,9 @@ def isoflop_runs(args):
     return runs
 
 
-def lowest_of(runs):
-    """Of runs, a list of runs for each key, the key with the lowest mean loss among those of the most seeds."""
-    most = max(map(len, runs.values()))
-    return min((key for key in runs if len(runs[key]) == most), key=lambda key: np.mean([r["loss"] for r in runs[key]]))
+def best_key(runs):
+    """The key of runs, a list of runs for each, that is lowest_of their losses."""
+    return lowest_of({key: [run["loss"] for run in of] for key, of in runs.items()})
 
 
 def isoflop(args):
@@ -336,11 +335,11 @@ def isoflop(args):
                 continue
             curves = defaultdict(list)  # by width: parameters and loss of each shape
             for shape in {key[2] for key in points}:
-                of = runs[lowest_of({key: of for key, of in points.items() if key[2] == shape})]
+                of = runs[best_key({key: of for key, of in points.items() if key[2] == shape})]
                 curves[shape.split("x")[1]].append((of[0]["params"], np.mean([run["loss"] for run in of])))
             for curve in curves.values():
                 left.plot(*zip(*sorted(curve), strict=True), marker="o", ms=4, color=COLORS[family])
-            best = points[lowest_of(points)]
+            best = points[best_key(points)]
             losses = [run["loss"] for run in best]
             mean = np.mean(losses)
             if family == "dense":
@@ -374,7 +373,7 @@ def halves(args):
         recipes[key[:3]][key] = of
     lowest = {}  # (family, budget, shape): mean loss over seeds, steps, seeds
     for shape, runs in recipes.items():
-        of = runs[lowest_of(runs)]
+        of = runs[best_key(runs)]
         lowest[shape] = np.mean([run["loss"] for run in of]), of[0]["steps"], len(of)
     figure, axis = plt.subplots(figsize=(9, 5))
     axis.axhline(0, color="black", lw=0.8)

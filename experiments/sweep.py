@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,6 +18,12 @@ def read_table(path):
         return []
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def lowest_of(losses):
+    """Of losses, a list over seeds for each key, the key with the lowest mean among those of the most seeds."""
+    most = max(map(len, losses.values()))
+    return min((key for key in losses if len(losses[key]) == most), key=lambda key: mean(losses[key]))
 
 
 def read_log(out):

@@ -14,7 +14,7 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments.sweep import read_table  # noqa: E402
+from experiments.sweep import lowest_of, read_table  # noqa: E402
 from prepare_data import write_atomic  # noqa: E402
 
 ASSETS = ROOT / "assets"
@@ -34,12 +34,6 @@ def losses(rows, which="val_causal"):
     return [float(row[which]) for row in sorted(rows, key=lambda row: int(row["seed"]))]
 
 
-def lowest(by_recipe):
-    most = max(map(len, by_recipe.values()))
-    return min((recipe for recipe in by_recipe if len(by_recipe[recipe]) == most),
-               key=lambda recipe: mean(losses(by_recipe[recipe])))  # fmt: skip
-
-
 def readme_table(runs, text):
     lines = ["| training FLOPs | dense | MoD: causal (top-k) | random routing | MoD against dense | against random |",
              "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
@@ -50,7 +44,7 @@ def readme_table(runs, text):
             if not by_recipe:
                 cells.append("not run")
                 continue
-            recipe = lowest(by_recipe)
+            recipe = lowest_of({recipe: losses(rows) for recipe, rows in by_recipe.items()})
             rows = by_recipe[recipe]
             means[family] = mean(losses(rows))
             cells.append(
