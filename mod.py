@@ -432,7 +432,7 @@ class MoD(nn.Module):
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None):
     """Draw from logits (B, V): one token a row, (B, 1). Temperature 0 is argmax. top_k >= 1, 0 < top_p <= 1."""
-    if temperature == 0:
+    if temperature < 1e-30:  # 0, or too small to divide float32 by
         return logits.argmax(dim=-1, keepdim=True)
     logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / temperature  # no overflow, however cold
     if top_k is not None:

@@ -66,6 +66,7 @@ class UserError(Exception):
 
 def run(main):
     """Run main(argv) as a program. What the user can mend ends it with one line and status 2."""
+    sys.stdout.reconfigure(encoding="utf-8")  # Windows has another default
     try:
         main(sys.argv[1:])
         sys.stdout.flush()  # a reader that has gone must show up here, not while the interpreter shuts down
@@ -322,10 +323,11 @@ def prepare(dataset="stdlib", inputs=None, tokenizer="bytes", out=None):
     return out
 
 
-def load_data(path):
+def load_data(path, expected=None):
     """Open a prepared directory: (train, val, meta), the tokens as read-only memory maps of uint16.
 
-    Raises UserError, with the command that mends it, if files are missing or don't agree.
+    Raises UserError, with the command that mends it, if files are missing or don't agree; or if expected, the meta
+    of the data that a run began with, is not what is there.
     """
     path = Path(path)
     source = f"--dataset {path.name}" if path.name in DATASETS else "--input FILE..."
@@ -346,6 +348,11 @@ def load_data(path):
     except (KeyError, TypeError, ValueError) as error:  # not JSON, no such key, or one of the above
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"the data in {path} is damaged ({reason}); {remedy}") from error
+    if expected is not None and meta != expected:
+        raise UserError(
+            f"the text in {path} is not the one that the run began with; prepare that one again (its SHA-256 begins "
+            f"with {expected['sha256'][:12]}), or begin a new run with another --out"
+        )
     return train, val, meta
 
 

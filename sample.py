@@ -127,28 +127,18 @@ def to_bfloat16(model):
     return model
 
 
-def read_prompt(text, tokenizer, vocab_size):
-    """The ids of a prompt, at least one. Raises UserError for what the tokenizer or the model doesn't know."""
+def read_prompt(text, tokenizer):
+    """The ids of a prompt, at least one. Raises UserError for what the tokenizer doesn't know."""
     if text == "-":
         ids = encode(tokenizer, sys.stdin.buffer.read(), "the prompt").tolist()
     else:
         ids = encode_text(tokenizer, text)
-    ids = ids or [tokenizer.eot_token]
-    if max(ids) >= vocab_size:
-        raise UserError(f"the prompt has token {max(ids)}, and the model only {vocab_size}; train it anew")
-    return ids
+    return ids or [tokenizer.eot_token]
 
 
 def utf8_decoder():
     """Its decode(bytes) returns the characters that are complete, and keeps the rest for the next call."""
     return codecs.getincrementaldecoder("utf-8")("replace")
-
-
-def token_bytes(tokenizer, id):
-    try:
-        return tokenizer.decode_single_token_bytes(id)
-    except KeyError:  # a model may have more ids than its tokenizer
-        return "\N{REPLACEMENT CHARACTER}".encode()
 
 
 def dense_flops(config, T):
@@ -391,10 +381,13 @@ def compute_dial(model, text, thresholds=(-1e3, -4, -2, -1, 0, 1, 2, 4, 1e3)):
     """
     rows = []
     for threshold in thresholds:
-        _, loss, route = model(text[:, :-1], text[:, 1:], causal=True, threshold=threshold)
-        share = route.taken.float().mean().item()
+        loss = share = 0.0
+        for part in text.split(16):
+            _, mean, route = model(part[:, :-1], part[:, 1:], causal=True, threshold=threshold)
+            loss += mean.item() * len(part) / len(text)
+            share += route.taken.float().mean().item() * len(part) / len(text)
         flops = model.config.flops_per_token(text.size(1) - 1, share)
-        rows.append({"threshold": threshold, "share": share, "flops": flops, "loss": loss.item()})
+        rows.append({"threshold": threshold, "share": share, "flops": flops, "loss": loss})
     return rows
 
 
@@ -443,7 +436,7 @@ def write_texts(model, prompt, tokenizer, config, view):
         decoder = utf8_decoder()
         texts.append(Text())
         for token in draw(model, prompt, config, texts[-1]):
-            piece = decoder.decode(token_bytes(tokenizer, token.id))
+            piece = decoder.decode(tokenizer.decode_single_token_bytes(token.id))
             if view:
                 view.show(piece, None if token.route is None else int(token.route[0].sum()))
             elif token.probability is not None or token.id != tokenizer.eot_token:
@@ -460,7 +453,6 @@ def write_texts(model, prompt, tokenizer, config, view):
 def main(argv):
     config = SampleConfig(**vars(make_parser(SampleConfig, "Sample from a checkpoint.").parse_args(argv)))
     check(config)
-    sys.stdout.reconfigure(encoding="utf-8")  # Windows has another default
     model, checkpoint = load_checkpoint(config.out, pick_device(config.device))
     if config.dtype == "bfloat16":
         model = to_bfloat16(model)
@@ -468,9 +460,9 @@ def main(argv):
     n_routed = sum(map(model.config.is_routed, range(model.config.n_layer)))
     if not n_routed and (config.show_depth or config.html or config.bench):
         raise UserError(f"{config.out} has no routed block; --show_depth, --html and --bench need one")
-    prompt = read_prompt(config.prompt, tokenizer, model.config.vocab_size)
+    prompt = read_prompt(config.prompt, tokenizer)
     if config.bench:
-        val_data = load_data(checkpoint["train"]["data"])[1]
+        val_data = load_data(checkpoint["train"]["data"], checkpoint["meta"])[1]
         return bench_checkpoint(model, prompt, config, val_data)
 
     view = None
@@ -508,7 +500,8 @@ def html_page(model, tokenizer, texts, name):
                 taken, weight, logit = token.route
                 depth = int(taken.sum())
                 blocks = torch.stack((logit.sigmoid(), gate(weight), taken), dim=1).tolist()
-            body.append(span(visible(decoder.decode(token_bytes(tokenizer, token.id))), depth))
+            piece = decoder.decode(tokenizer.decode_single_token_bytes(token.id))
+            body.append(span(visible(piece), depth))
             data.append([token.id, token.probability, blocks])
         body.append("</pre>")
     parts = {

@@ -46,7 +46,7 @@ import mod
 import prepare_data
 import train
 from mod import MoD, MoDConfig, RoutedBlock, choice_loss, sample
-from prepare_data import EOT, UserError, get_tokenizer, load_data, prepare
+from prepare_data import EOT, UserError, load_data, prepare
 from sample import (
     WAYS,
     DepthView,
@@ -56,9 +56,7 @@ from sample import (
     computing_all,
     dense_twin,
     draw,
-    read_prompt,
     to_bfloat16,
-    token_bytes,
     visible,
 )
 from sample import main as sample_main
@@ -1013,7 +1011,8 @@ def test_top_p_among_ties_keeps_no_more_than_it_needs():
 def test_temperature_0_is_argmax(options):
     logits = torch.randn(50, 29, generator=torch.Generator().manual_seed(0))
     assert torch.equal(sample(logits, temperature=0, **options), logits.argmax(-1, keepdim=True))
-    assert torch.equal(sample(logits, temperature=1e-4, **options), logits.argmax(-1, keepdim=True))
+    for cold in 1e-4, 1e-50:
+        assert torch.equal(sample(logits, temperature=cold, **options), logits.argmax(-1, keepdim=True))
 
 
 def test_generate_hands_its_sampling_options_on():
@@ -1871,6 +1870,40 @@ def test_a_run_does_not_go_on_with_other_text(run_train, small_data, tmp_path):
         (small_data / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
+def test_a_run_goes_on_where_its_text_was_moved_to(run_train, small_data, tmp_path):
+    run_train("--steps=2")
+    shutil.copytree(small_data, tmp_path / "moved")
+    train.main(["--resume", f"--out={tmp_path / 'run'}", f"--data={tmp_path / 'moved'}", "--steps=4"])
+    assert load(tmp_path / "run")["train"]["data"] == str(tmp_path / "moved")
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_log_of_a_run_that_was_prolonged_says_how_long_it_is(run_train, tmp_path, lost):
+    """Also where its log was moved away, which is what a damaged one's message says to do."""
+    run_train("--steps=2")
+    if lost:
+        (tmp_path / "run/log.jsonl").unlink()
+    train.main(["--resume", f"--out={tmp_path / 'run'}", "--steps=4"])
+    header, *entries = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text("utf-8").splitlines()]
+    assert header["steps"] == 4 and [entry["step"] for entry in entries] == ([3, 4] if lost else [1, 2, 3, 4])
+
+
+def test_a_run_goes_on_when_nobody_reads_along(run_train, tmp_path, monkeypatch):
+    """python train.py 2>&1 | head"""
+
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with contextlib.suppress(BrokenPipeError):  # of the text that it prints when all is saved
+        run_train("--steps=2")
+    assert load(tmp_path / "run")["step"] == 2
+
+
 def test_a_damaged_log_is_named(run_train, tmp_path):
     run_train("--steps=2")
     (tmp_path / "run/log.jsonl").write_text("{\n", encoding="utf-8")
@@ -1891,6 +1924,11 @@ def test_broken_checkpoints(run_train, tmp_path):
         path.write_bytes(broken)
         with pytest.raises(prepare_data.UserError, match="damaged or no checkpoint"):
             train.load_checkpoint(tmp_path / "run", "cpu")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match="ckpt.pt"):  # not "damaged", which would have a good one overwritten
+        train.load_checkpoint(tmp_path / "run", "cpu")
+    path.rmdir()
     for broken, reason in (
         (foreign, "of_another_version"),
         (misshapen, "size mismatch"),
@@ -1909,24 +1947,29 @@ def test_broken_checkpoints(run_train, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(run_train, small_data, tmp_path):
-    """torchrun over gloo: same losses within float tolerance, one log, and one resumes what two began."""
+    """torchrun over gloo: same losses within float tolerance, one log, and one goes on from where two were stopped."""
     whole = run_train("--steps=10", "--eval_interval=5", name="one")
-    flags = [*TINY, f"--data={small_data}", f"--out={tmp_path / 'two'}", "--steps=10", "--eval_interval=5"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "train.py",
-    ]
-    subprocess.run([*command, *flags], cwd=HERE, check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    lines = [json.loads(line) for line in (tmp_path / "two/log.jsonl").read_text("utf-8").splitlines()]
-    for a, b in zip(whole[1:], lines[1:], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
-        assert a["val_topk"] == pytest.approx(b["val_topk"], abs=1e-3)
-    train.main(["--resume", "--steps=12", f"--out={tmp_path / 'two'}"])
-    assert load(tmp_path / "two")["step"] == 12
+    (tmp_path / "stopped.py").write_text(
+        f"import signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport train\n"
+        "get_batch = train.get_batch\n"
+        "def stopping(*args):\n    if args[-1] == 7:\n        signal.raise_signal(signal.SIGTERM)\n"
+        "    return get_batch(*args)\n"
+        "train.get_batch = stopping\ntrain.main(sys.argv[1:])\n",
+        encoding="utf-8",
+    )
+    for name, script in ("two", "train.py"), ("parts", tmp_path / "stopped.py"):
+        out = tmp_path / name
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *TINY]
+        command += [f"--data={small_data}", f"--out={out}", "--steps=10", "--eval_interval=5"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=HERE, check=True, timeout=120, env=environment)
+        if name == "parts":
+            assert load(out)["step"] == 8
+            train.main(["--resume", f"--out={out}"])
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
+        for a, b in zip(whole[1:], lines[1:], strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+            assert a["val_topk"] == pytest.approx(b["val_topk"], abs=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1942,14 +1985,13 @@ def run_dir(tmp_path_factory, small_data):
     return out
 
 
-def save_checkpoint(out, model, data="data/nowhere"):
+def save_checkpoint(out, model, data=None):
     checkpoint = {
         "model": model.state_dict(),
         "config": dataclasses.asdict(model.config),
         "train": dataclasses.asdict(TrainConfig(data=str(data))),
-        "meta": {"tokenizer": "bytes"},
+        "meta": load_data(data)[2] if data else {"tokenizer": "bytes"},
         "step": 1,
-        "flops": 1.0,
     }
     torch.save(checkpoint, out / "ckpt.pt")
 
@@ -2018,15 +2060,6 @@ def test_a_value_that_cannot_work_is_named(run_dir, argv, capfd):
     with pytest.raises(UserError, match=f"{flag} .*number" if flag == "--threshold" else f"{flag} {value}"):
         sample_main(["--out", str(run_dir), flag, value])
     assert capfd.readouterr().out == ""
-
-
-def test_an_id_that_the_tokenizer_does_not_know_is_no_crash():
-    assert token_bytes(get_tokenizer("bytes"), 300).decode() == "\N{REPLACEMENT CHARACTER}"
-
-
-def test_a_prompt_that_the_model_does_not_know_is_an_error():
-    with pytest.raises(UserError, match="token 256"):
-        read_prompt("", get_tokenizer("bytes"), 256)
 
 
 @pytest.mark.parametrize("prompt", [1, 10, 24, 40])
@@ -2237,6 +2270,14 @@ def test_the_bench_writes_what_it_measured(run_dir, capfdbinary):
     assert row["ideal"] == dense.flops_per_token(2 * keys) / config.flops_per_token(2 * keys, row["share"])
     assert f"{row['dense_tok_s']:,.1f}".encode() in said
     assert all(f"{setting['loss']:.4f}".encode() in said for setting in written["dial"])
+
+
+def test_the_dial_is_not_of_other_text(run_dir, tmp_path):
+    """Every --input goes to data/input, whatever a model there was trained on."""
+    checkpoint = load(run_dir)
+    torch.save({**checkpoint, "meta": {**checkpoint["meta"], "sha256": "0" * 64}}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="is not the one that the run"):
+        sample_main(["--out", str(tmp_path), "--device", "cpu", "--bench"])
 
 
 def test_the_compute_dial(run_dir):

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,8 +80,8 @@ class TrainConfig:
     overwrite: bool = option(False, "replace the run that is in out")
 
 
-# What may differ between a run and its resumption without changing the run itself.
-FREE_ON_RESUME = ("out", "device", "dtype", "compile", "accumulate", "resume", "overwrite")
+# What may differ between a run and its resumption without changing the run itself (but for random routing's noise).
+FREE_ON_RESUME = ("data", "out", "device", "dtype", "compile", "accumulate", "resume", "overwrite")
 EVAL_TOKENS, FINAL_EVAL_TOKENS = 2**14, 2**17  # validation tokens used, during the run and at its end
 
 # ---------------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ EVAL_TOKENS, FINAL_EVAL_TOKENS = 2**14, 2**17  # validation tokens used, during 
 
 
 def step_seed(seed, step):
-    """32 bits that differ for every seed and step, so that a step needs nothing but its number to be repeated."""
+    """32 bits made of seed and step, so that a step needs nothing but its number to be repeated."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
 
 
@@ -246,14 +246,16 @@ def load_checkpoint(out, device):
     if not path.exists():
         raise UserError(f"no checkpoint {path}; train one with `python train.py --out {out}`")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:  # says itself what is wrong
+        raise
     except Exception as error:  # whatever a truncated or foreign file makes torch.load raise
         raise UserError(
             f"{path} is damaged or no checkpoint ({type(error).__name__}); "
             f"train again with `python train.py --overwrite --out {out}`"
         ) from error
     try:
-        model = MoD(MoDConfig(**checkpoint["config"])).to(device)
+        model = MoD(MoDConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         TrainConfig(**checkpoint["train"])
         checkpoint["meta"], checkpoint["step"]
@@ -263,17 +265,17 @@ def load_checkpoint(out, device):
             f"{path} is not of this version of mod.py and train.py ({type(error).__name__}: {reason}); "
             f"go back to that version, or train again with `python train.py --overwrite --out {out}`"
         ) from error
-    return model.eval(), checkpoint
+    return model.to(device).eval(), checkpoint
 
 
 def read_log(out, step):
-    """The entries of out/log.jsonl up to a step. Raises UserError if it is damaged."""
+    """The evaluations in out/log.jsonl up to a step. Raises UserError if it is damaged."""
     path = out / "log.jsonl"
     if not path.exists():
         return []
     try:
         entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [entry for entry in entries if entry.get("step", 0) <= step]
+        return [entry for entry in entries if entry.get("step", math.inf) <= step]  # the first line has none
     except (AttributeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); move it away to go on with a new log") from error
 
@@ -285,7 +287,7 @@ def pick_device(name):
     try:
         torch.zeros(1, device=name).item()
         return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"device {name!r} can't be used here; try --device cpu") from error
 
 
@@ -325,7 +327,7 @@ def check(config, world):
     if config.steps is not None and config.flops is not None:
         raise UserError("--steps and --flops are two budgets; give one of them")
     if config.compile and config.device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-        raise UserError("--compile on a CPU needs a C++ compiler, and there is none on the PATH; leave it out")
+        raise UserError("--compile on a CPU needs a C++ compiler, and there is none on the PATH; take --no-compile")
     if config.batch_size % (world * config.accumulate):
         raise UserError(
             f"--batch_size {config.batch_size} doesn't divide into {world} device(s) x --accumulate {config.accumulate}"
@@ -374,12 +376,7 @@ def train(config):
         model, checkpoint = load_checkpoint(out, device)
     elif (out / "ckpt.pt").exists() and not config.overwrite:
         raise UserError(f"{out} holds a run; go on with --resume, replace it with --overwrite, or name another --out")
-    train_data, val_data, meta = load_data(config.data)
-    if checkpoint and checkpoint["meta"] != meta:
-        raise UserError(
-            f"the text in {config.data} is not the one that the run in {out} began with; prepare that one again "
-            f"(its SHA-256 begins with {checkpoint['meta']['sha256'][:12]}), or begin a new run with another --out"
-        )
+    train_data, val_data, meta = load_data(config.data, checkpoint and checkpoint["meta"])
     if min(len(train_data), len(val_data)) <= config.block_size:
         raise UserError(
             f"--block_size {config.block_size} is longer than the validation data of {config.data} "
@@ -410,10 +407,7 @@ def train(config):
     body = [p for p in model.parameters() if id(p) not in choosers]
     optimizers = make_optimizers(model, config.router_lr_scale, config.routed_lr_scale, config.weight_decay)
     step, spent = 0, 0.0
-    loss_sum, loss_count = (
-        torch.zeros(2, device=device),
-        0,
-    )  # language model's and choice's, since the last report
+    loss_sum, loss_count = torch.zeros(2, device=device), 0  # language model's and choice's, since the last report
     if checkpoint:
         try:
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
@@ -439,7 +433,8 @@ def train(config):
 
     def say(text):
         if main_process:
-            print(text, file=sys.stderr, flush=True)
+            with suppress(BrokenPipeError):  # who reads along may leave; the run goes on
+                print(text, file=sys.stderr, flush=True)
 
     def any_rank(flag):
         if world == 1:
@@ -458,11 +453,11 @@ def train(config):
         return losses
 
     def mean_losses():
-        """Of the steps since the last report."""
-        mean = loss_sum / max(1, loss_count)
+        """Of the steps since the last report; loss_sum is the mean over the devices then, and may be saved."""
         if world > 1:
-            dist.all_reduce(mean)
-        return finite((mean / world).tolist(), step - loss_count, step)
+            dist.all_reduce(loss_sum)
+            loss_sum.div_(world)
+        return finite((loss_sum / max(1, loss_count)).tolist(), step - loss_count, step)
 
     def save():
         if not main_process:
@@ -474,7 +469,6 @@ def train(config):
             "train": dataclasses.asdict(config),
             "meta": meta,
             "step": step,
-            "flops": step * flops_per_step,
             "loss_sum": loss_sum.tolist(),
             "loss_count": loss_count,
             "seconds": spent + time.perf_counter() - start,
@@ -483,8 +477,6 @@ def train(config):
         torch.save(checkpoint, whole)
         with write_atomic(out / "ckpt.pt") as file:
             file.write(whole.getbuffer())
-
-    log = read_log(out, step) if checkpoint else []
 
     def save_log():  # before the checkpoint: what a log has too much, a resumed run leaves out
         with write_atomic(out / "log.jsonl") as file:
@@ -499,10 +491,10 @@ def train(config):
         f"{n_params:,} parameters; {steps:,} steps of {tokens_per_step:,} tokens, {steps * flops_per_step:.3g} "
         f"training FLOPs; a token costs {relative:.2f} of what a dense model of this shape spends on it"
     )
-    if not checkpoint:
-        log.append({"train": dataclasses.asdict(config), "model": dataclasses.asdict(model_config),
-                    "params": n_params, "steps": steps, "data_sha256": meta["sha256"],
-                    "torch": torch.__version__})  # fmt: skip
+    log = [{"train": dataclasses.asdict(config), "model": dataclasses.asdict(model_config), "params": n_params,
+            "steps": steps, "data_sha256": meta["sha256"], "torch": torch.__version__}]  # fmt: skip
+    if checkpoint:
+        log += read_log(out, step)
 
     out.mkdir(parents=True, exist_ok=True)  # fails now, if it must, not when there is something to lose
 
@@ -593,10 +585,12 @@ def resumed(given, out):
 def summarize(config, result):
     """Say what the run has come to, and print a sample of its text."""
     model, checkpoint = load_checkpoint(config.out, pick_device(config.device))
+    losses = f"{result['val_causal']:.4f}"
+    if "agree" in result:
+        losses += f" causal, {result['val_topk']:.4f} top-k, {result['val_skip']:.4f} with every routed block skipped"
     print(
-        f"done: {result['flops']:.3g} training FLOPs in {result['timing']['seconds']:.0f} s; validation loss "
-        f"{result['val_causal']:.4f} causal, {result['val_topk']:.4f} top-k, "
-        f"{result['val_skip']:.4f} with every routed block skipped. {config.out}/ckpt.pt says, after end-of-text:",
+        f"done: {result['flops']:.3g} training FLOPs in {result['timing']['seconds']:.0f} s; validation loss {losses}. "
+        f"{config.out}/ckpt.pt says, after end-of-text:",
         file=sys.stderr,
     )
     tokenizer = get_tokenizer(checkpoint["meta"]["tokenizer"])

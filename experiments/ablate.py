@@ -7,7 +7,6 @@ Appends a line per run to assets/ablations.csv and goes on where it was stopped.
 is patched in here, so that mod.py and train.py stay what they are.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 import mod  # noqa: E402
 import train  # noqa: E402
 from experiments.sweep import sweep  # noqa: E402
+from prepare_data import Parser, run  # noqa: E402
 
 progress = 0.0  # of the run, 0 to 1: what the annealed variants follow
 
@@ -229,8 +229,8 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has only the unrouted
 }
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Ablations of the routing recipe.")
+def main(argv):
+    parser = Parser(description="Ablations of the routing recipe.")
     parser.add_argument("--budget", type=float, default=6e12, help="training FLOPs of each run")
     parser.add_argument("--shape", default="4x96", help="LAYERSxWIDTH")
     parser.add_argument("--batch_size", type=int, default=8)
@@ -242,7 +242,7 @@ def main():
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--one", action="store_true", help="what each process is started with")
     parser.add_argument("--resume", action="store_true", help="likewise")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     table = ROOT / "assets" / "ablations.csv"
     layers, width = map(int, args.shape.split("x"))
 
@@ -301,4 +301,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -23,13 +23,14 @@ def main(argv):
     seen, rows, evaluate = [], [], train.evaluate
 
     def watched(model, data, tokens, autocast):
-        text = train.spread_windows(data, model.config.block_size, train.EVAL_TOKENS)
+        text = train.spread_windows(data, model.config.block_size, train.EVAL_TOKENS).to(model.rope.device)
         with torch.no_grad():
             _, route = look(model, text[:, :-1], text[:, 1:])
         before = seen.pop() if seen else route.taken
         seen.append(route.taken)
         overlap = (route.taken & before).sum((1, 2)) / route.taken.sum((1, 2))
-        gates = [model.blocks[-1].gate(r[taken]).mean() for r, taken in zip(route.r, route.taken, strict=True)]
+        gate = model.blocks[model.config.route_every - 1].gate
+        gates = [gate(r[taken]).mean() for r, taken in zip(route.r, route.taken, strict=True)]
         rows.append((overlap, route.r.std((1, 2)), gates))
         return evaluate(model, data, tokens, autocast)
 

@@ -11,9 +11,9 @@ dial          causal loss against FLOPs per token, over --threshold of sample.py
 bench         sampling speed and cache size, from bench.json
 ablations     the loss of each variant of the recipe, from ablations.csv
 isoflop       loss against parameters at equal training FLOPs, and the lowest against FLOPs, from isoflop.csv
+halves        each MoD shape against its dense half, from isoflop.csv
 
-"Processed" means causally, as when sampling; "taken" by top-k. All but curves
-and the last three need a byte-level run.
+"Processed" means causally, as when sampling; "taken" by top-k. The first two, spending and dial need a byte-level run.
 """
 
 import json
@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.isoflop import COLORS  # noqa: E402
 from experiments.router_stats import KINDS, kinds_of, load, look  # noqa: E402
-from experiments.sweep import lowest_of, read_table  # noqa: E402
+from experiments.sweep import lowest_of, read_log, read_table  # noqa: E402
 from prepare_data import Parser, UserError, load_data, run  # noqa: E402
 from sample import compute_dial, dense_flops  # noqa: E402
 from train import load_checkpoint  # noqa: E402
@@ -193,8 +193,7 @@ def curves(args):
     """Causal validation loss against training FLOPs and wall-clock, without the first fifth of each run."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
     for family, name in FAMILIES.items():
-        lines = (getattr(args, family) / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        log = [json.loads(line) for line in lines[1:]]
+        log = read_log(getattr(args, family))[0][1:]
         during = log[len(log) // 5 : -1]  # the last one is on more tokens, so it is no point of the curve
         losses = [line["val_causal"] for line in during]
         style = {"ms": 3, "color": COLORS[family], "label": f"{name}: {log[-1]['val_causal']:.3f}"}
@@ -243,6 +242,8 @@ def grouped_bars(axis, groups, names, colors, values):
 def bench(args):
     """Speed over a dense model with a cache: all ways at batch 1, the fast path by batch; and bytes of KV cache."""
     rows = json.loads((args.assets / "bench.json").read_text(encoding="utf-8"))["rows"]
+    if len({(row["device"], row["dtype"], row["n_layer"]) for row in rows}) > 1:
+        raise UserError(f"{args.assets / 'bench.json'} has more than one device, dtype or depth; a figure shows one")
     table = {(row["n_embd"], row["batch"], row["context"]): row for row in rows}
     widths, batches, contexts = (sorted({key[i] for key in table}) for i in range(3))
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.9))

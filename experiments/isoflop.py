@@ -9,7 +9,6 @@ assets/isoflop.csv; runs that stand there are not done again. "best" as the only
 lowest so far (of seed 0), to confirm it with more seeds. On a machine with a GPU the runs are done there.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,17 +17,15 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.sweep import read_table, sweep  # noqa: E402
 from mod import CHOICES  # noqa: E402
-from prepare_data import load_data, prepare  # noqa: E402
+from prepare_data import Parser, UserError, load_data, prepare, run  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
 TABLE = ROOT / "assets" / "isoflop.csv"
 FAMILIES = {"dense": ["--capacity=1"], "mod": [], "random": ["--routing=random"]}
 DENSE = ["2x64", "3x64", "1x96", "2x96", "3x96", "4x96"]
-SHAPES = {  # a MoD model of 2N blocks costs about what its N unrouted blocks cost, so it is swept at twice the depth
-    "dense": DENSE,
-    "mod": [f"{2 * int(shape[0])}{shape[1:]}" for shape in DENSE],
-    "random": [f"{2 * int(shape[0])}{shape[1:]}" for shape in DENSE],
-}
+# A MoD model of 2N blocks costs about what its N unrouted blocks cost, so it is swept at twice the depth.
+ROUTED = [f"{2 * int(shape[0])}{shape[1:]}" for shape in DENSE]
+SHAPES = {"dense": DENSE, "mod": ROUTED, "random": ROUTED}
 COLORS = {"dense": "#4477aa", "mod": "#cc3311", "random": "#999933"}
 
 
@@ -79,12 +76,14 @@ def lowest(rows, family, budget, sha256):
     """Shape, batch size, learning rate, routed blocks' scale and who chooses, of the lowest causal loss at seed 0."""
     rows = [r for r in rows if r["family"] == family and float(r["budget"]) == budget and r["seed"] == "0"]
     rows = [r for r in rows if r["data_sha256"] == sha256]
+    if not rows:
+        raise UserError(f"{TABLE} has no {family} run of seed 0 at {budget:g} for this text; name its --shapes")
     row = min(rows, key=lambda r: float(r["val_causal"]))
     return row["shape"], int(row["batch_size"]), float(row["lr"]), float(row["routed_lr_scale"]), row["causal"]
 
 
-def main():
-    parser = argparse.ArgumentParser(description="The isoFLOP sweep.")
+def main(argv):
+    parser = Parser(description="The isoFLOP sweep.")
     parser.add_argument("--budgets", type=float, nargs="+", default=[2e12, 6e12, 2e13], help="training FLOPs")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--shapes", nargs="+", help="LAYERSxWIDTH, or best (default: the sweep's list)")
@@ -95,7 +94,7 @@ def main():
     parser.add_argument("--causal", choices=CHOICES["causal"], default="router", help="of MoD")
     parser.add_argument("--data", default=TrainConfig.data, help="folder that prepare_data.py wrote")
     parser.add_argument("--processes", type=int, default=2)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows = read_table(TABLE)
     if args.data == TrainConfig.data and not (ROOT / args.data).exists():
         prepare(out=ROOT / args.data)
@@ -116,4 +115,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

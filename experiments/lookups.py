@@ -43,10 +43,12 @@ def main(argv):
     for seed in args.seeds:
         out = folder / f"{args.variant}-{seed}"
         run_of = {"data": str(data), "out": str(out), "steps": args.steps, "seed": seed, "overwrite": True}
-        loss = train(TrainConfig(**{**SHAPE, **run_of, **flags}))["val_causal"]
+        result = train(TrainConfig(**{**SHAPE, **run_of, **flags}))
+        if result is None:  # Ctrl-C
+            return
         asked = x == ord("?")
         found = (load_checkpoint(out, "cpu")[0](x)[2].taken & asked).sum() / asked.sum()
-        rows.append(f"| {args.variant} | {seed} | {found:.1%} | {loss:.4f} |")
+        rows.append(f"| {args.variant} | {seed} | {found:.1%} | {result['val_causal']:.4f} |")
     print("\n".join(rows))
 
 

@@ -46,16 +46,19 @@ def kinds_of(tokens):
     return kinds
 
 
-def load(out, T=None):
+def load(out, T=None, dense=False):
     """The model of a byte-level run, on the CPU, and its validation data, tokens (N, T) and those that follow them.
 
-    They are the ones that evaluate in train.py takes. T is the model's context; UserError if that is below the T given.
+    They are the ones that evaluate in train.py takes. T is the model's context; UserError if that is below the T given,
+    or if the model has no router, unless dense.
     """
     model, checkpoint = load_checkpoint(out, "cpu")
-    _, data, meta = load_data(ROOT / checkpoint["train"]["data"])
+    _, data, meta = load_data(ROOT / checkpoint["train"]["data"], checkpoint["meta"])
     T = T or model.config.block_size
-    if meta["tokenizer"] != "bytes" or meta["sha256"] != checkpoint["meta"]["sha256"]:
-        raise UserError(f"{out} was not trained on the bytes that are in {checkpoint['train']['data']} now")
+    if meta["tokenizer"] != "bytes":
+        raise UserError(f"{out} was not trained on bytes")
+    if not dense and not any(map(model.config.is_routed, range(model.config.n_layer))):
+        raise UserError(f"{out} is a dense model; train one that has routers with `python train.py`")
     if model.config.block_size < T:
         raise UserError(f"{out} has a context of {model.config.block_size}, less than the other's {T}")
     batch = spread_windows(data, T, EVAL_TOKENS)
@@ -113,10 +116,8 @@ def main(argv):
     model, x, y = load(args.out)
     T, k = model.config.block_size, model.config.k(model.config.block_size)
     topk, route = look(model, x, y)
-    if route is None:
-        raise UserError(f"{args.out} is a dense model; train one that has routers with `python train.py`")
     skip, _ = look(model, x, y, causal=True, threshold=math.inf)
-    hard = look(load(args.dense, T)[0], x, y)[0] if args.dense else skip
+    hard = look(load(args.dense, T, dense=True)[0], x, y)[0] if args.dense else skip
     hard_for = args.dense or "this model without its routed blocks"
     print(f"## {args.out}: {x.numel():,} validation tokens, top-k takes {k} of {T}. Hard: for {hard_for}")
     losses = {
