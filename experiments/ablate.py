@@ -150,6 +150,49 @@ def into_body():
     mod.RoutedBlock.decide = lambda block, seen, r: r
 
 
+def each_forward(call):
+    """call(idx) before each forward of the model."""
+    forward = mod.MoD.forward
+
+    def changed(model, idx, *args, **options):
+        call(idx)
+        return forward(model, idx, *args, **options)
+
+    mod.MoD.forward = changed
+
+
+def one_router():
+    """The first routed block's router chooses for all of them, and gives their gates."""
+    score, first = mod.RoutedBlock.score, []
+
+    def changed(block, x):
+        if not first:
+            first.append(score(block, x))
+        return first[0]
+
+    each_forward(lambda idx: first.clear())
+    mod.RoutedBlock.score = changed
+
+
+def word_ends():
+    """Nothing to learn: routed blocks take the bytes after a word (of a byte-level run), where SpaceByte has its larger
+    blocks (arXiv:2404.14408), with a gate of 1; top-k leaves some out by chance, or takes others, causal does not."""
+    text = {}
+
+    def logit(r):
+        idx = text["idx"]
+        word = (idx >= 128) & (idx <= 255)
+        for first, last in "09", "AZ", "az", "__":
+            word |= (idx >= ord(first)) & (idx <= ord(last))
+        after = torch.nn.functional.pad(word[:, :-1], (1, 0))
+        return (after & ~word)[:, -r.size(1) :].float() - 0.5
+
+    each_forward(lambda idx: text.update(idx=idx))
+    mod.RoutedBlock.rank = lambda block, r: logit(r) + 0.1 * torch.rand_like(r)
+    mod.RoutedBlock.decide = lambda block, seen, r: logit(r)
+    mod.RoutedBlock.gate = lambda block, r: torch.ones_like(r)
+
+
 def choice_weight(weight):
     """The loss that teaches the router to foresee its choice counts that much."""
     train.choice_loss = lambda route: weight * mod.choice_loss(route)
@@ -211,6 +254,8 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has only the unrouted
     "raw_gate": ({"gate": "raw"}, None),
     "raw_input": ({}, raw_input),
     "into_body": ({}, into_body),
+    "one_router": ({}, one_router),
+    "word_ends": ({}, word_ends),
     "choice_0.1": ({}, lambda: choice_weight(0.1)),
     "choice_10": ({}, lambda: choice_weight(10)),
     "router_lr_1": ({"router_lr_scale": 1}, None),
