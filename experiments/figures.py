@@ -193,7 +193,11 @@ def curves(args):
     """Causal validation loss against training FLOPs and wall-clock, without the first fifth of each run."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
     for family, name in FAMILIES.items():
-        log = read_log(getattr(args, family))[0][1:]
+        out = getattr(args, family)
+        log, ended = read_log(out)
+        if not ended:
+            raise UserError(f"{out}/log.jsonl is of no finished run; go on with `python train.py --resume --out {out}`")
+        log = log[1:]
         during = log[len(log) // 5 : -1]  # the last one is on more tokens, so it is no point of the curve
         losses = [line["val_causal"] for line in during]
         style = {"ms": 3, "color": COLORS[family], "label": f"{name}: {log[-1]['val_causal']:.3f}"}
