@@ -78,8 +78,9 @@ class MoDConfig:
     def has_predictor(self):
         return self.causal == "predictor" and self.routing == "topk"
 
-    def is_routed(self, layer):
-        return self.capacity < 1 and layer % self.route_every == self.route_every - 1
+    @property
+    def routed_layers(self):
+        return list(range(self.route_every - 1, self.n_layer, self.route_every)) if self.capacity < 1 else []
 
     def k(self, T):
         """How many of T tokens a routed block takes under top-k."""
@@ -100,7 +101,7 @@ class MoDConfig:
         chooser = 2 * C  # the router, and the predictor where there is one
         if self.has_predictor:
             chooser += 2 * (C * (C // 4) + C // 4)
-        routed = sum(map(self.is_routed, range(self.n_layer)))
+        routed = len(self.routed_layers)
         blocks = (self.n_layer - routed) * block(T) / T + routed * (block(taken) / T + chooser)
         return blocks + 2 * C * self.vocab_size
 
@@ -338,7 +339,7 @@ class MoD(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.mix = nn.Parameter(torch.empty(config.n_embd, 4))  # see embed
         self.blocks = nn.ModuleList(
-            RoutedBlock(config) if config.is_routed(i) else Block(config) for i in range(config.n_layer)
+            RoutedBlock(config) if i in config.routed_layers else Block(config) for i in range(config.n_layer)
         )
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         table = rotary_table(config.block_size, config.n_embd // config.n_head)
@@ -403,7 +404,7 @@ class MoD(nn.Module):
         """An empty KV cache: one KVCache per block, for batch rows."""
         c, like = self.config, self.embedding.weight
         return [
-            KVCache(batch, c.n_head, 16 if c.is_routed(i) else c.block_size, c.n_embd // c.n_head, like)
+            KVCache(batch, c.n_head, 16 if i in c.routed_layers else c.block_size, c.n_embd // c.n_head, like)
             for i in range(c.n_layer)
         ]
 

@@ -457,7 +457,7 @@ def main(argv):
     if config.dtype == "bfloat16":
         model = to_bfloat16(model)
     tokenizer = get_tokenizer(checkpoint["meta"]["tokenizer"])
-    n_routed = sum(map(model.config.is_routed, range(model.config.n_layer)))
+    n_routed = len(model.config.routed_layers)
     if not n_routed and (config.show_depth or config.html or config.bench):
         raise UserError(f"{config.out} has no routed block; --show_depth, --html and --bench need one")
     prompt = read_prompt(config.prompt, tokenizer)
@@ -483,7 +483,7 @@ def main(argv):
 
 def html_page(model, tokenizer, texts, name):
     """A self-contained page (str): tokens shaded by depth, and what happened to one that is hovered or tapped."""
-    layers = [i for i in range(model.config.n_layer) if model.config.is_routed(i)]
+    layers = model.config.routed_layers
     gate = model.blocks[layers[0]].gate
     body, data = [], []
 

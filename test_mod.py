@@ -414,7 +414,7 @@ def test_every_routed_block_decides_for_itself():
 def test_which_blocks_are_routed(route_every, n_layer, routed):
     model = redrawn(route_every=route_every, n_layer=n_layer)
     assert [i for i, block in enumerate(model.blocks) if isinstance(block, RoutedBlock)] == routed
-    assert [i for i in range(n_layer) if model.config.is_routed(i)] == routed
+    assert model.config.routed_layers == routed
     route = model(tokens(2, 5))[2]
     assert route.taken.shape == (len(routed), 2, 5) if routed else route is None
 

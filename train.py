@@ -397,7 +397,7 @@ def train(config):
     if steps < 1:
         raise UserError(f"--flops {config.flops:.3g} is less than one step, {flops_per_step:.3g}")
     eval_interval = config.eval_interval or max(1, steps // 10)
-    learns_to_choose = config.routing == "topk" and any(map(model_config.is_routed, range(config.n_layer)))
+    learns_to_choose = config.routing == "topk" and len(model_config.routed_layers) > 0
 
     # Clipped apart: in one norm with the body's, the gradients of what learns to choose would rescale the
     # body's step, and the language model would notice that it learns.

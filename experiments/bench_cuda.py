@@ -192,7 +192,7 @@ def compare(model, prompt, num_tokens, rounds):
             if way == "graph":
                 taken += counts
     config = model.config
-    share = sum(taken) / len(taken) / sum(map(config.is_routed, range(config.n_layer)))
+    share = sum(taken) / len(taken) / len(config.routed_layers)
     length = 2 * prompt.size(1) + num_tokens  # a text of this length has as many keys for its mean position
     return {
         **row,

@@ -55,7 +55,7 @@ MADE_BY = {  # the command for an input that is missing
 
 
 def block_names(model):
-    return [f"block {i}" for i in range(model.config.n_layer) if model.config.is_routed(i)]
+    return [f"block {i}" for i in model.config.routed_layers]
 
 
 def shades(n):

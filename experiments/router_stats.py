@@ -57,7 +57,7 @@ def load(out, T=None, dense=False):
     T = T or model.config.block_size
     if meta["tokenizer"] != "bytes":
         raise UserError(f"{out} was not trained on bytes")
-    if not dense and not any(map(model.config.is_routed, range(model.config.n_layer))):
+    if not dense and not model.config.routed_layers:
         raise UserError(f"{out} is a dense model; train one that has routers with `python train.py`")
     if model.config.block_size < T:
         raise UserError(f"{out} has a context of {model.config.block_size}, less than the other's {T}")
@@ -136,7 +136,7 @@ def main(argv):
     ]
     quarters = [f"in quarter {quarter + 1} of the context" for quarter in range(4)]
     table("Loss by who is chosen", ("choice", "nats per token", "over top-k", *quarters), rows)
-    names = [f"block {i}" for i in range(model.config.n_layer) if model.config.is_routed(i)]
+    names = [f"block {i}" for i in model.config.routed_layers]
     rows, columns, all_of = [], [], x.flatten().bincount(minlength=257)
     for name, taken, r, logit in zip(names, *route, strict=True):
         gap = -r.sort(descending=True).values.diff()[:, k - 1].mean()
