@@ -193,6 +193,18 @@ def word_ends():
     mod.RoutedBlock.gate = lambda block, r: torch.ones_like(r)
 
 
+def depth_gain():
+    """Nothing to learn: routed blocks take the tokens that depth_gain.py foresaw to gain most from depth, with a gate
+    of 1. (The FLOPs of foreseeing are not counted.)"""
+    from experiments.depth_gain import saved_choice
+
+    choice, text = saved_choice(), {}
+    each_forward(lambda idx: text.update(logit=choice(idx)))
+    mod.RoutedBlock.rank = lambda block, r: text["logit"][:, -r.size(1) :]
+    mod.RoutedBlock.decide = lambda block, seen, r: text["logit"][:, -r.size(1) :]
+    mod.RoutedBlock.gate = lambda block, r: torch.ones_like(r)
+
+
 def choice_weight(weight):
     """The loss that teaches the router to foresee its choice counts that much."""
     train.choice_loss = lambda route: weight * mod.choice_loss(route)
@@ -256,6 +268,7 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has only the unrouted
     "into_body": ({}, into_body),
     "one_router": ({}, one_router),
     "word_ends": ({}, word_ends),
+    "depth_gain": ({}, depth_gain),
     "choice_0.1": ({}, lambda: choice_weight(0.1)),
     "choice_10": ({}, lambda: choice_weight(10)),
     "router_lr_1": ({"router_lr_scale": 1}, None),

@@ -29,7 +29,7 @@ def main(argv):
         before = seen.pop() if seen else route.taken
         seen.append(route.taken)
         overlap = (route.taken & before).sum((1, 2)) / route.taken.sum((1, 2))
-        gate = model.blocks[model.config.route_every - 1].gate
+        gate = model.blocks[model.config.routed_layers[0]].gate
         gates = [gate(r[taken]).mean() for r, taken in zip(route.r, route.taken, strict=True)]
         rows.append((overlap, route.r.std((1, 2)), gates))
         return evaluate(model, data, tokens, autocast)
