@@ -77,7 +77,13 @@ def main(argv):
     parser.add_argument("--mod", nargs="+", default=[], help="of MoD runs on the same data: what their routers take")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    (half, checkpoint), (full, other) = (load_checkpoint(out, "cpu") for out in (args.half, args.full))
+    runs = {out: load_checkpoint(out, "cpu") for out in (args.half, args.full, *args.mod)}
+    (half, checkpoint), (full, other) = runs[args.half], runs[args.full]
+    for out, (model, its) in runs.items():
+        if its["meta"] != checkpoint["meta"] or model.config.block_size != half.config.block_size:
+            raise UserError(f"{out} was trained on other data than {args.half}, or with another context")
+        if bool(model.config.routed_layers) != (out in args.mod):
+            raise UserError(f"{out} is of the wrong kind: --half and --full are dense, --mod has routed blocks")
     if checkpoint["step"] != other["step"]:
         raise UserError(f"{args.half} has {checkpoint['step']} steps, {args.full} {other['step']}: take equal ones")
     train_data, val_data, _ = load_data(ROOT / checkpoint["train"]["data"], checkpoint["meta"])
@@ -108,9 +114,9 @@ def main(argv):
         add(f"the eighth that {name} foresees to gain most", highest(values))
     add("the eighth with the highest loss in the half (known afterwards)", highest(loss))
     for out in args.mod:
-        model, _ = load_checkpoint(out, "cpu")
-        taken = over(val_text, lambda x, y, model=model: model(x)[2].taken.transpose(0, 1)).transpose(0, 1)
-        for layer, tokens in zip(model.config.routed_layers, taken, strict=True):
+        model, _ = runs[out]
+        taken = over(val_text, lambda x, y, model=model: model(x)[2].taken.transpose(0, 1))  # (N, L, T)
+        for layer, tokens in zip(model.config.routed_layers, taken.unbind(1), strict=True):
             add(f"what block {layer} of {Path(out).name} takes", tokens)
     title = f"Validation: half {loss.mean():.4f}, gain of the full depth {gain.mean():.4f}"
     table(title, ("tokens", "part of all tokens", "part of the gain", "ratio"), lines)
