@@ -372,7 +372,8 @@ def isoflop(args):
 
 
 def halves(args):
-    """Each MoD shape against its dense half, by the steps that this half makes: the difference of causal losses."""
+    """Each MoD shape, with its number of blocks, against its dense half, by the steps that this half makes: the
+    difference of causal losses."""
     recipes = defaultdict(dict)
     for key, of in isoflop_runs(args).items():
         recipes[key[:3]][key] = of
@@ -387,16 +388,20 @@ def halves(args):
         layers, width = map(int, shape.split("x"))
         half = lowest.get(("dense", budget, f"{layers - layers // 2}x{width}"))
         if family == "mod" and half:
-            points[width].append(
-                (half[1], 100 * (loss / half[0] - 1), f"{shape}, {label(budget)}", min(seeds, half[2]))
-            )
-    for i, ((width, of), color) in enumerate(zip(sorted(points.items()), shades(len(points)), strict=True)):
-        x, y, names, seeds = zip(*of, strict=True)
-        axis.scatter(x, y, s=[14 * n for n in seeds], color=color, label=f"{width} wide")
-        for j, (name, *point) in enumerate(sorted(zip(names, x, y, strict=True), key=lambda of: of[1:])):
-            up = 1 if (i + j) % 2 else -1  # neighbours' labels go out of each other's way
-            style = {"rotation": 35 * up, "va": "bottom" if up == 1 else "top"}
-            axis.annotate(name, point, (3, 4 * up), textcoords="offset points", fontsize=7, **style)
+            point = half[1], 100 * (loss / half[0] - 1), min(seeds, half[2])
+            points[width, budget].append((layers, *point))
+    widths, budgets = (sorted(set(of)) for of in zip(*points, strict=True))
+    color = dict(zip(widths, shades(len(widths)), strict=True))
+    marker = dict(zip(budgets, "osD^vPX*", strict=False))
+    for (width, budget), of in points.items():
+        layers, x, y, seeds = zip(*of, strict=True)
+        axis.scatter(x, y, s=[16 * n for n in seeds], color=color[width], marker=marker[budget])
+        for name, *point in zip(layers, x, y, strict=True):
+            axis.annotate(name, point, (6, -3), textcoords="offset points", fontsize=8)
+    for width in widths:
+        axis.scatter([], [], color=color[width], label=f"{width} wide")
+    for budget in budgets:
+        axis.scatter([], [], color="grey", marker=marker[budget], label=label(budget))
     axis.set(xscale="log", xlabel="training steps of the dense half", ylabel="MoD's loss above its dense half's (%)")
     ticks = [1000, 2000, 5000, 10000, 20000, 50000]
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
