@@ -174,35 +174,35 @@ def one_router():
     mod.RoutedBlock.score = changed
 
 
-def word_ends():
-    """Nothing to learn: routed blocks take the bytes after a word (of a byte-level run), where SpaceByte has its larger
-    blocks (arXiv:2404.14408), with a gate of 1; top-k leaves some out by chance, or takes others, causal does not."""
+def given(choice, noise=0.0):
+    """Nothing to learn: routed blocks take the tokens whose choice(idx), (B, T), is highest, with some noise, or,
+    causally, above 0; with a gate of 1."""
     text = {}
+    each_forward(lambda idx: text.update(logit=choice(idx)))
+    mod.RoutedBlock.decide = lambda block, seen, r: text["logit"][:, -r.size(1) :]
+    mod.RoutedBlock.rank = lambda block, r: block.decide(None, r) + noise * torch.rand_like(r)
+    mod.RoutedBlock.gate = lambda block, r: torch.ones_like(r)
 
-    def logit(r):
-        idx = text["idx"]
+
+def word_ends():
+    """The bytes after a word (of a byte-level run), where SpaceByte has its larger blocks (arXiv:2404.14408); top-k
+    leaves some out by chance, or takes others, causal does not."""
+
+    def choice(idx):
         word = (idx >= 128) & (idx <= 255)
         for first, last in "09", "AZ", "az", "__":
             word |= (idx >= ord(first)) & (idx <= ord(last))
         after = torch.nn.functional.pad(word[:, :-1], (1, 0))
-        return (after & ~word)[:, -r.size(1) :].float() - 0.5
+        return (after & ~word).float() - 0.5
 
-    each_forward(lambda idx: text.update(idx=idx))
-    mod.RoutedBlock.rank = lambda block, r: logit(r) + 0.1 * torch.rand_like(r)
-    mod.RoutedBlock.decide = lambda block, seen, r: logit(r)
-    mod.RoutedBlock.gate = lambda block, r: torch.ones_like(r)
+    given(choice, noise=0.1)
 
 
 def depth_gain():
-    """Nothing to learn: routed blocks take the tokens that depth_gain.py foresaw to gain most from depth, with a gate
-    of 1. (The FLOPs of foreseeing are not counted.)"""
+    """The tokens that depth_gain.py foresaw to gain most from depth. (The FLOPs of foreseeing are not counted.)"""
     from experiments.depth_gain import saved_choice
 
-    choice, text = saved_choice(), {}
-    each_forward(lambda idx: text.update(logit=choice(idx)))
-    mod.RoutedBlock.rank = lambda block, r: text["logit"][:, -r.size(1) :]
-    mod.RoutedBlock.decide = lambda block, seen, r: text["logit"][:, -r.size(1) :]
-    mod.RoutedBlock.gate = lambda block, r: torch.ones_like(r)
+    given(saved_choice())
 
 
 def choice_weight(weight):

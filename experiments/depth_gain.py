@@ -20,7 +20,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments.router_stats import table  # noqa: E402
+from experiments.router_stats import look, table  # noqa: E402
 from mod import MoD, MoDConfig, norm  # noqa: E402
 from prepare_data import Parser, UserError, load_data, run, write_atomic  # noqa: E402
 from train import load_checkpoint, spread_windows  # noqa: E402
@@ -28,6 +28,7 @@ from train import load_checkpoint, spread_windows  # noqa: E402
 SAVED = ROOT / "out" / "depth_gain.pt"
 
 
+@torch.no_grad()
 def first_block(half, idx):
     """What the first block of a dense model puts out for tokens (B, T), normalised, (B, T, C)."""
     x = half.embed(idx)
@@ -36,16 +37,6 @@ def first_block(half, idx):
 
 def mlp(C):
     return nn.Sequential(nn.Linear(C, 256), nn.GELU(), nn.Linear(256, 1))
-
-
-@torch.no_grad()
-def over(text, function):
-    """function of inputs and targets, row by row, for the windows text (N, T + 1)."""
-    return torch.cat([function(part[:, :-1], part[:, 1:]) for part in text.split(16)])
-
-
-def losses(model):
-    return lambda x, y: F.cross_entropy(model(x)[0].transpose(1, 2), y, reduction="none")
 
 
 def learn(net, seen, gain, steps=5000):
@@ -88,18 +79,23 @@ def main(argv):
         raise UserError(f"{args.half} has {checkpoint['step']} steps, {args.full} {other['step']}: take equal ones")
     train_data, val_data, _ = load_data(ROOT / checkpoint["train"]["data"], checkpoint["meta"])
     T = half.config.block_size
-    train_text, val_text = spread_windows(train_data, T, 2**21), spread_windows(val_data, T, 2**17)
 
-    seen, gain = over(train_text, lambda x, y: first_block(half, x)), over(train_text, losses(half))
-    gain -= over(train_text, losses(full))
+    def windows(data, tokens):
+        text = spread_windows(data, T, tokens)
+        return text[:, :-1], text[:, 1:]
+
+    x, y = windows(train_data, 2**21)
+    seen = torch.cat([first_block(half, rows) for rows in x.split(16)])
+    gain = look(half, x, y)[0] - look(full, x, y)[0]
     networks = {"a linear map": nn.Linear(half.config.n_embd, 1), "an MLP": mlp(half.config.n_embd)}
     for net in networks.values():
         learn(net, seen.flatten(0, 1), gain.flatten())
 
-    seen, loss = over(val_text, lambda x, y: first_block(half, x)), over(val_text, losses(half))
-    gain = loss - over(val_text, losses(full))
+    x, y = windows(val_data, 2**17)
+    loss = look(half, x, y)[0]
+    gain = loss - look(full, x, y)[0]
     with torch.no_grad():
-        foreseen = {name: net(seen).squeeze(-1) for name, net in networks.items()}
+        foreseen = {name: net(first_block(half, x)).squeeze(-1) for name, net in networks.items()}
     lines = []
 
     def add(name, taken):
@@ -115,8 +111,7 @@ def main(argv):
     add("the eighth with the highest loss in the half (known afterwards)", highest(loss))
     for out in args.mod:
         model, _ = runs[out]
-        taken = over(val_text, lambda x, y, model=model: model(x)[2].taken.transpose(0, 1))  # (N, L, T)
-        for layer, tokens in zip(model.config.routed_layers, taken.unbind(1), strict=True):
+        for layer, tokens in zip(model.config.routed_layers, look(model, x, y)[1].taken, strict=True):
             add(f"what block {layer} of {Path(out).name} takes", tokens)
     title = f"Validation: half {loss.mean():.4f}, gain of the full depth {gain.mean():.4f}"
     table(title, ("tokens", "part of all tokens", "part of the gain", "ratio"), lines)
