@@ -15,21 +15,22 @@ attention and MLP (k = capacity * T, say 12.5 %); the others pass by on the resi
                     |                             |                                 |
                     +------------------------- gather --> (B, k, C) --> f = attention, MLP
 
-In the paper r_i = w . x_i and gate(r) = r. Here r_i = w . norm(x_i), the gate is a sigmoid, and the loss that teaches
-r > 0 (below) stops at the router; a short causal convolution mixes each embedding with the three before it, and only a
-quarter of the rotary pairs turn. README says why.
+In the paper r_i = w . x_i and gate(r) = r. Here r_i = w . norm(x_i), the gate is a sigmoid, and the auxiliary loss
+(choice_loss) trains only the router, not the layers below it; a short causal convolution mixes each embedding with the
+three before it, and only a quarter of the rotary pairs turn. README says why.
 
 Who is chosen is the only thing that differs between the two modes (attention is causal in both):
     top-k   compares a token with the whole sequence. k is known beforehand, so every shape is fixed: for training.
             The loss under top-k has seen the future, though: whether a token is taken depends on later ones.
     causal  asks each token alone: is r > 0? The router learns to make that mean "top-k takes it" (section 3.5; or a
             small predictor learns it, the paper's other way). For sampling, and for an honest loss. A token that is
-            not taken costs a block no more than this question, and leaves nothing in its KV cache.
+            not taken costs a block no more than this question, and leaves nothing in its KV cache. (Only in a batch of
+            prompts are rows with fewer taken tokens padded, with work that is thrown away.)
 
 Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary, L routed blocks,
-        k tokens of a row that a routed block takes (causal: the longest row's, others are padded); its Block's T is k,
-        R rows of the batch that take the current token, S keys in the longest of them.
-        A suffix names the shape where it matters: idx_BK is (B, k).
+        k tokens of a row that a routed block takes, K in a suffix: idx_BK is (B, k). Causal: the most in any row, and
+        shorter rows are padded. Inside a routed block's Block, T is k; in attention and cache k are the keys.
+        With one new token: R rows of the batch whose token the block takes, S keys in the longest of them.
 
 Read from top to bottom: config and FLOPs, norm and rotary, KV cache, attention, block, routed block, model.
 """
@@ -58,7 +59,7 @@ class MoDConfig:
     capacity: float = 0.125  # share of a sequence that a routed block takes; 1 is the dense transformer
     route_every: int = 2  # every route_every-th block is routed (section 4.1: every other, at 12.5 %, is best)
     routing: str = "topk"  # "topk", or "random": the paper's control, which chooses at random
-    causal: str = "router"  # who decides without the future: the "router", r > 0, or a "predictor" (unless random)
+    causal: str = "router"  # who decides in causal mode: the "router", by r > 0, or a "predictor" (unless random)
     gate: str = "sigmoid"  # "sigmoid", or "raw": the router's output as it is, as the paper has it
 
     def __post_init__(self):
@@ -128,7 +129,7 @@ def rotary_table(block_size, head_size):
 
 
 def rotate(x, rope):
-    """Turn the pairs (x_i, x_{i + D/2}) of x (B, H, T, D) by their token's angle; rope (2, B or 1, 1, T, D)."""
+    """Turn the pairs (x_i, x_{i + D/2}) of x (B, heads, T, D) by their token's angle; rope (2, B or 1, 1, T, D)."""
     cos, sin = rope.to(x.dtype)
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
@@ -138,7 +139,7 @@ def rotate(x, rope):
 
 
 class KVCache:
-    """Keys and values of the tokens that one block has processed, and of no others.
+    """Keys and values of the tokens that one block has taken; beyond a row's length is padding, which is never seen.
 
     In a routed block each row of the batch has its own length. The buffers double when the longest row
     is full; a dense block's start at the full context and never grow.
@@ -156,9 +157,9 @@ class KVCache:
             self.k, self.v = F.pad(self.k, padding), F.pad(self.v, padding)
 
     def fill(self, k, v, length):
-        """Take a prompt's keys and values (B, H, n, D); of row b the first length[b] are real, the rest padding.
+        """Store a prompt's keys and values (B, H, T, D), of which row b's first length[b] are real, and return them.
 
-        Padding is never seen: the next token overwrites it or the row's length hides it.
+        The next token overwrites the padding, or the row's length hides it.
         """
         self.reserve(k.size(2))
         self.k[:, :, : k.size(2)], self.v[:, :, : k.size(2)] = k, v
@@ -174,7 +175,7 @@ class KVCache:
         S = max(length)
         self.reserve(S)
         if len(rows) == 1 or (len(rows) == len(self.length) and min(length) == S):
-            part = slice(rows[0], rows[-1] + 1)  # one row, or all and all alike, as in a dense block: no copy
+            part = slice(rows[0], rows[-1] + 1)  # one row, or all of them, equally long (a dense block): no copy
             self.k[part, :, S - 1 : S], self.v[part, :, S - 1 : S] = k, v
             return self.k[part, :, :S], self.v[part, :, :S], None
         idx_R, end_R = torch.tensor([rows, length], device=k.device)
@@ -204,7 +205,7 @@ class Attention(nn.Module):
         and returns all the keys and values there are to attend to, with a mask or None."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2)  # (B, 3H, T, D)
-        qk, v = qkv.split((2 * self.n_head, self.n_head), dim=1)
+        qk, v = qkv.split((2 * self.n_head, self.n_head), dim=1)  # rotated together, one call for two
         q, k = rotate(qk, rope).chunk(2, dim=1)  # (B, H, T, D) each
         mask = None
         if remember is not None:
@@ -254,7 +255,7 @@ class RoutedBlock(nn.Module):
     def score(self, x):
         """For each token of x (B, T, C), by itself: r (section 3.4) and the causal decision's logit, (B, T) each.
 
-        In float32, since bfloat16 makes ties and flips decisions: the callers (for step, generate) switch autocast off.
+        In float32: bfloat16 makes ties and flips decisions. forward switches autocast off; for step, generate does it.
         """
         seen = norm(x.float())
         r = self.router(seen).squeeze(-1)
@@ -268,18 +269,20 @@ class RoutedBlock(nn.Module):
         """The causal decision's logit (B, T). Section 3.5: r itself, or a predictor's; either taught by choice_loss."""
         if self.config.routing == "random":
             return torch.rand_like(r) - (1 - self.config.capacity)  # above 0 with probability capacity
-        # Detached: choice_loss teaches the router or predictor, not the residual stream that it reads. So in training
-        # the router's product is made twice.
+        # Detached, so that choice_loss trains the router or predictor, not the residual stream that it reads.
         if self.predictor is not None:
             return self.predictor(seen.detach()).squeeze(-1)
-        return self.router(seen.detach()).squeeze(-1) if seen.requires_grad else r  # the same values
+        if not seen.requires_grad:
+            return r
+        return self.router(seen.detach()).squeeze(-1)  # the values of r, another gradient
 
     def gate(self, r):
-        # Multiplying the output by a function of r is what gives the router a gradient: choosing has none.
+        # Multiplying the output by a function of r is how the router learns what to take: choosing has no gradient.
         return r if self.config.gate == "raw" else r.sigmoid()
 
     def forward(self, x, rope, causal=False, threshold=0.0, cache=None):
-        """x (B, T, C) -> new x, Route. rope (2, T, D). With a cache, empty, x is a prompt; step does the rest."""
+        """x (B, T, C) -> new x, Route. rope (2, T, D). With a cache, an empty one, x is a prompt, and causal."""
+        assert causal or cache is None, "a prompt is routed causally"
         B, T, C = x.shape
         with torch.autocast(x.device.type, enabled=False):
             r, logit = self.score(x)
@@ -350,7 +353,7 @@ class MoD(nn.Module):
             else:
                 nn.init.normal_(p, std=p.size(-1) ** -0.5)
             if name.endswith(("qkv.weight", "up.weight", "head.weight")):
-                # Stored by columns, the longer side: a CPU reads it up to twice as fast to multiply a lone token.
+                # Stored by columns: a CPU multiplies a lone token by such a matrix up to twice as fast.
                 p.data = p.data.t().contiguous().t()
         self.mix.data[:, -1] = 1  # the embedding's own token; the three before it have weights of N(0, 1/4)
 
@@ -359,12 +362,12 @@ class MoD(nn.Module):
         all routed blocks, (L, B, T), or None if there are none. choice_loss is left to the training loop.
 
         Top-k routing, unless causal: then a token is taken if its logit exceeds threshold; the higher, the fewer.
-        With a cache (see new_cache; it implies causal) idx is the whole text so far, (B, start + T), since embed reads
-        the three tokens before; the cache holds its first start tokens: none (it is fresh; idx is a prompt) or all but
-        one. Logits: the last token's only.
+        With a cache (see new_cache; it implies causal, under no_grad and without targets) idx is the whole text so far,
+        (B, start + T), since embed looks back three tokens, but only the T from start on are run. start is how many the
+        cache holds: 0 if it is fresh (idx is the prompt), else all but the last (T = 1). Logits: the last token's only.
 
-        Routers and predictors are float32; all other weights may be bfloat16, and so is then what a cache holds.
-        Autocast (bfloat16 in matrix products only) is for training, not with a cache.
+        Routers and predictors must be float32; all other weights may be bfloat16 (sample.py does it), and so is then
+        what a cache holds. Autocast (bfloat16 in matrix products only) is for training, not with a cache.
         """
         causal = causal or bool(cache)  # top-k would need the future
         x = self.embed(idx, start)
@@ -394,11 +397,11 @@ class MoD(nn.Module):
         return logits, loss, route
 
     def embed(self, idx, start=0):
-        """The tokens of idx (B, T) from start on, (B, T - start, C): a convolution, channel by channel, mixes each with
+        """idx (B, start + T) -> the tokens from start on, (B, T, C): a convolution, channel by channel, mixes each with
         the three before it (not in the paper; README tells what it is for)."""
         x = norm(self.embedding(idx[:, max(0, start - 3) :]))
         x = F.pad(x, (0, 0, max(0, 3 - start), 0))  # nothing is before the first token
-        return (x.unfold(1, 4, 1) * self.mix).sum(dim=-1)  # the window is the last dimension: (B, T - start, C, 4)
+        return (x.unfold(1, 4, 1) * self.mix).sum(dim=-1)  # the window is the last dimension: (B, T, C, 4)
 
     def new_cache(self, batch):
         """An empty KV cache: one KVCache per block, for batch rows."""
@@ -413,8 +416,8 @@ class MoD(nn.Module):
         """Continue the prompts idx (B, T), T >= 1, of which the last block_size tokens are used, through the KV cache.
 
         Yields, num_tokens times: the new tokens (B, 1); the logits (B, V) they came from; the Route of the tokens
-        fed to get there: the prompt at first, then the last new token; the cache. When the context is full, the
-        last half of it is fed into a new cache, like a prompt. (top_k here is sampling's, not the router's.)
+        fed to get there: the prompt at first, then the last new token; the cache. When the context is full, its last
+        half is the prompt of a new cache, in Route, too. (top_k here is sampling's, not the router's.)
         """
         size = self.config.block_size
         text = idx[:, -size:]
@@ -443,5 +446,6 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
         ordered, order = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(dim=-1)
         drop = p.cumsum(dim=-1) - p >= top_p
-        logits = logits.masked_fill(drop.scatter(1, order, drop), -torch.inf)  # back in the vocabulary's order
+        drop = torch.empty_like(drop).scatter(1, order, drop)  # back in the vocabulary's order
+        logits = logits.masked_fill(drop, -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1)
