@@ -372,36 +372,43 @@ def isoflop(args):
 
 
 def halves(args):
-    """Each MoD shape, with its number of blocks, against its dense half, by the steps that this half makes: the
-    difference of causal losses."""
+    """Each MoD shape, with its number of blocks, against its dense half of the same batch, by the steps that this half
+    makes: the difference of causal losses."""
     recipes = defaultdict(dict)
     for key, of in isoflop_runs(args).items():
-        recipes[key[:3]][key] = of
-    lowest = {}  # (family, budget, shape): mean loss over seeds, steps, seeds
+        recipes[key[:4]][key] = of
+    lowest = {}  # (family, budget, shape, batch): mean loss over seeds, steps, seeds
     for shape, runs in recipes.items():
         of = runs[best_key(runs)]
         lowest[shape] = np.mean([run["loss"] for run in of]), of[0]["steps"], len(of)
     figure, axis = plt.subplots(figsize=(9, 5))
     axis.axhline(0, color="black", lw=0.8)
     points = defaultdict(list)
-    for (family, budget, shape), (loss, _, seeds) in lowest.items():
+    for (family, budget, shape, batch), (loss, _, seeds) in lowest.items():
         layers, width = map(int, shape.split("x"))
-        half = lowest.get(("dense", budget, f"{layers - layers // 2}x{width}"))
+        half = lowest.get(("dense", budget, f"{layers - layers // 2}x{width}", batch))
         if family == "mod" and half:
             point = half[1], 100 * (loss / half[0] - 1), min(seeds, half[2])
-            points[width, budget].append((layers, *point))
-    widths, budgets = (sorted(set(of)) for of in zip(*points, strict=True))
+            points[width, budget, batch].append((layers, *point))
+    widths, budgets, batches = (sorted(set(of)) for of in zip(*points, strict=True))
     color = dict(zip(widths, shades(len(widths)), strict=True))
     marker = dict(zip(budgets, "osD^vPX*", strict=False))
-    for (width, budget), of in points.items():
+
+    def face(batch, color):  # of the largest batch filled, of others hollow
+        return color if batch == batches[-1] else "none"
+
+    for (width, budget, batch), of in points.items():
         layers, x, y, seeds = zip(*of, strict=True)
-        axis.scatter(x, y, s=[16 * n for n in seeds], color=color[width], marker=marker[budget])
+        look = {"edgecolors": color[width], "facecolors": face(batch, color[width]), "marker": marker[budget]}
+        axis.scatter(x, y, s=[16 * n for n in seeds], **look)
         for name, *point in zip(layers, x, y, strict=True):
             axis.annotate(name, point, (6, -3), textcoords="offset points", fontsize=8)
     for width in widths:
         axis.scatter([], [], color=color[width], label=f"{width} wide")
     for budget in budgets:
         axis.scatter([], [], color="grey", marker=marker[budget], label=label(budget))
+    for batch in batches:
+        axis.scatter([], [], edgecolors="grey", facecolors=face(batch, "grey"), label=f"batch {batch}")
     axis.set(xscale="log", xlabel="training steps of the dense half", ylabel="MoD's loss above its dense half's (%)")
     ticks = [1000, 2000, 5000, 10000, 20000, 50000]
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
