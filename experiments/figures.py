@@ -308,11 +308,11 @@ def label(budget):
 
 
 def isoflop_runs(args):
-    """The runs of isoflop.csv on the text that most of them read, by family, budget, shape and recipe."""
+    """The runs of isoflop.csv with the text and context that most of them have, by family, budget, shape and recipe."""
     runs = defaultdict(list)
     rows = read_table(args.assets / "isoflop.csv")
-    text = Counter(row["data_sha256"] for row in rows).most_common(1)[0][0]
-    for row in (row for row in rows if row["data_sha256"] == text):
+    usual = Counter((row["data_sha256"], row["block_size"]) for row in rows).most_common(1)[0][0]
+    for row in (row for row in rows if (row["data_sha256"], row["block_size"]) == usual):
         recipe = row["batch_size"], row["lr"], row["routed_lr_scale"], row["causal"]
         key = row["family"], float(row["budget"]), row["shape"], *recipe
         run = {"params": int(row["params"]) / 1000, "steps": int(row["steps"]), "loss": float(row["val_causal"])}

@@ -26,13 +26,16 @@ DENSE = ["2x64", "3x64", "1x96", "2x96", "3x96", "4x96"]
 # A MoD model of 2N blocks costs about what its N unrouted blocks cost, so it is swept at twice the depth.
 ROUTED = [f"{2 * int(shape[0])}{shape[1:]}" for shape in DENSE]
 SHAPES = {"dense": DENSE, "mod": ROUTED, "random": ROUTED}
+CONTEXT = 256
 COLORS = {"dense": "#4477aa", "mod": "#cc3311", "random": "#999933"}
 
 
-def job(family, budget, shape, seed, batch_size, lr, routed_lr_scale, causal, data, sha256):
+def job(family, budget, shape, block_size, seed, batch_size, lr, routed_lr_scale, causal, data, sha256):
     layers, width = map(int, shape.split("x"))
     recipe = f"{batch_size}-{lr:g}-{routed_lr_scale:g}-{causal}"
     out = ROOT / "out" / "isoflop" / f"{family}-{budget:g}-{shape}-{recipe}-{seed}"
+    if block_size != CONTEXT:
+        out = out.with_name(f"{out.name}-{block_size}")
     if data != TrainConfig.data:
         out = out.with_name(f"{out.name}-{Path(data).name}")
     return {
@@ -40,6 +43,7 @@ def job(family, budget, shape, seed, batch_size, lr, routed_lr_scale, causal, da
             "family": family,
             "budget": f"{budget:g}",
             "shape": shape,
+            "block_size": block_size,
             "batch_size": batch_size,
             "lr": f"{lr:g}",
             "routed_lr_scale": f"{routed_lr_scale:g}",
@@ -50,7 +54,7 @@ def job(family, budget, shape, seed, batch_size, lr, routed_lr_scale, causal, da
         "out": out,
         "command": [
             "train.py", "--preset=cpu", *FAMILIES[family], f"--n_layer={layers}", f"--n_embd={width}",
-            f"--n_head={max(2, width // 32)}", f"--batch_size={batch_size}", f"--lr={lr}",
+            f"--n_head={max(2, width // 32)}", f"--block_size={block_size}", f"--batch_size={batch_size}", f"--lr={lr}",
             f"--routed_lr_scale={routed_lr_scale}", f"--causal={causal}", f"--seed={seed}", f"--flops={budget}",
             f"--out={out}", f"--data={data}",
         ],
@@ -72,12 +76,14 @@ def row_of(job, log):
     }
 
 
-def lowest(rows, family, budget, sha256):
+def lowest(rows, family, budget, block_size, sha256):
     """Shape, batch size, learning rate, routed blocks' scale and who chooses, of the lowest causal loss at seed 0."""
     rows = [r for r in rows if r["family"] == family and float(r["budget"]) == budget and r["seed"] == "0"]
-    rows = [r for r in rows if r["data_sha256"] == sha256]
+    rows = [r for r in rows if r["data_sha256"] == sha256 and r["block_size"] == str(block_size)]
     if not rows:
-        raise UserError(f"{TABLE} has no {family} run of seed 0 at {budget:g} for this text; name its --shapes")
+        raise UserError(
+            f"{TABLE} has no {family} run of seed 0 at {budget:g} for this text and context; name its --shapes"
+        )
     row = min(rows, key=lambda r: float(r["val_causal"]))
     return row["shape"], int(row["batch_size"]), float(row["lr"]), float(row["routed_lr_scale"]), row["causal"]
 
@@ -88,7 +94,8 @@ def main(argv):
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--shapes", nargs="+", help="LAYERSxWIDTH, or best (default: the sweep's list)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--block_size", type=int, default=CONTEXT, help="context length")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences a step")
     parser.add_argument("--lr", type=float, default=5.6e-3, help="a shorter run wants a higher one")
     parser.add_argument("--routed_lr_scale", type=float, default=0.25, help="of MoD and random routing")
     parser.add_argument("--causal", choices=CHOICES["causal"], default="router", help="of MoD")
@@ -108,9 +115,9 @@ def main(argv):
                 usual = args.batch_size, args.lr, scale, causal
                 recipes = [(shape, *usual) for shape in args.shapes or SHAPES[family]]
                 if args.shapes == ["best"]:
-                    recipes = [lowest(rows, family, budget, sha256)]
+                    recipes = [lowest(rows, family, budget, args.block_size, sha256)]
                 for shape, *recipe in recipes:
-                    jobs.append(job(family, budget, shape, seed, *recipe, args.data, sha256))
+                    jobs.append(job(family, budget, shape, args.block_size, seed, *recipe, args.data, sha256))
     sweep(jobs, TABLE, row_of, args.processes)
 
 

@@ -18,15 +18,20 @@ from experiments.sweep import lowest_of, read_table  # noqa: E402
 from prepare_data import write_atomic  # noqa: E402
 
 ASSETS = ROOT / "assets"
-TEXTS = {"09399e66bd8f": "stdlib, CPU", "27c4952391d5": "packages, GPU"}  # by the first digits of their SHA-256
+TEXTS = {  # by the first digits of the text's SHA-256, and the context
+    ("09399e66bd8f", "256"): "stdlib, CPU",
+    ("09399e66bd8f", "1024"): "stdlib, CPU, a context of 1,024",
+    ("27c4952391d5", "256"): "packages, GPU",
+}
 RECIPE = ("shape", "batch_size", "lr", "routed_lr_scale", "causal")
 
 
 def recipes():
-    """The rows of each recipe's seeds, by (text, budget, family), then by recipe."""
+    """The rows of each recipe's seeds, by (text and context, budget, family), then by recipe."""
     runs = defaultdict(lambda: defaultdict(list))
     for row in read_table(ASSETS / "isoflop.csv"):
-        runs[row["data_sha256"], float(row["budget"]), row["family"]][tuple(row[name] for name in RECIPE)].append(row)
+        text = row["data_sha256"], row["block_size"]
+        runs[text, float(row["budget"]), row["family"]][tuple(row[name] for name in RECIPE)].append(row)
     return runs
 
 
