@@ -92,9 +92,10 @@ class Parser(argparse.ArgumentParser):
 def make_parser(config_class, description):
     """A parser with a flag for each field of a dataclass; metadata holds its "help", perhaps its "choices".
 
-    The annotation gives the type: int, float, str, bool (--flag/--no-flag), or one of these `| None`.
+    The annotation gives the type: int, float, str, bool (--flag/--no-flag), or one of these `| None`. A flag that was
+    not given is not in the result.
     """
-    parser = Parser(description=description, allow_abbrev=False)
+    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     hints = typing.get_type_hints(config_class)
     for f in fields(config_class):
         kind = hints[f.name]
@@ -106,8 +107,7 @@ def make_parser(config_class, description):
             options = {"type": kind, "choices": f.metadata["choices"]}
         text = f.metadata["help"].replace("%", "%%")
         text += "" if f.default is None else f" (default: {f.default})"
-        # Set afterwards, because some Pythons add a default of their own to the help of a bool.
-        parser.add_argument(f"--{f.name}", default=f.default, **options).help = text
+        parser.add_argument(f"--{f.name}", help=text, **options)
     return parser
 
 
@@ -146,7 +146,7 @@ def get_tokenizer(name):
     except (OSError, ValueError) as error:  # no network; a wrong hash
         raise UserError(
             f"could not download the vocabulary of the {name} tokenizer ({type(error).__name__}): its first "
-            "use needs a network. `--tokenizer bytes` works offline"
+            "use needs a network. `prepare_data.py --tokenizer bytes` works offline"
         ) from error
 
 
@@ -161,7 +161,8 @@ def encode(tokenizer, data, name="the text"):
         return np.array(tokenizer.encode_ordinary(data.decode("utf-8")), DTYPE)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{name} is not valid UTF-8, as the {tokenizer.name} tokenizer needs; `--tokenizer bytes` takes any file"
+            f"{name} is not valid UTF-8, as the {tokenizer.name} tokenizer needs; `prepare_data.py --tokenizer bytes` "
+            "takes any file"
         ) from error
 
 

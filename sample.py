@@ -29,7 +29,7 @@ import torch
 
 from mod import MoD, RoutedBlock, sample
 from prepare_data import UserError, encode, encode_text, get_tokenizer, load_data, make_parser, run, write_atomic
-from train import EVAL_TOKENS, load_checkpoint, option, pick_device, spread_windows
+from train import EVAL_TOKENS, dense_flops, load_checkpoint, option, pick_device, spread_windows
 
 WARMUP = 3  # steps that are not timed: the prompt's, and two single tokens
 
@@ -47,7 +47,9 @@ class SampleConfig:
     threshold: float = option(0.0, "what a router's (or predictor's) output must exceed for its block to take a token")
     show_depth: bool = option(False, "shade each token by how many routed blocks processed it")
     html: str | None = option(None, "write a page to explore to this file, too")
-    bench: bool = option(False, "measure speed and the compute dial instead; writes bench.json into out")
+    bench: bool = option(
+        False, "measure speed and the compute dial instead, with prompt and threshold; writes bench.json into out"
+    )
     device: str | None = option(None, "cuda, mps or cpu (default: the best there is)")
     dtype: str = option("float32", "of the weights and the KV cache", ("float32", "bfloat16"))
 
@@ -79,7 +81,7 @@ def check(config):
 class Token(NamedTuple):
     id: int
     probability: float | None  # that the model gave it; None for the prompt's
-    route: torch.Tensor | None  # (3, L): taken, weight and logit of Route; None if it was not fed to a router
+    route: torch.Tensor | None  # (3, L): Route's taken, r and logit; None if it was not fed to a router
 
 
 @dataclass
@@ -139,10 +141,6 @@ def read_prompt(text, tokenizer):
 def utf8_decoder():
     """Its decode(bytes) returns the characters that are complete, and keeps the rest for the next call."""
     return codecs.getincrementaldecoder("utf-8")("replace")
-
-
-def dense_flops(config, T):
-    return dataclasses.replace(config, capacity=1.0).flops_per_token(T)
 
 
 def report(model, texts):
@@ -258,7 +256,7 @@ def computing_all(model):
 
 
 def dense_twin(model):
-    """A dense model of the same shape and with the same weights, of which it has no router's or predictor's."""
+    """A dense model of the same shape and with the same weights, but for routers and predictors, which it lacks."""
     twin = MoD(dataclasses.replace(model.config, capacity=1.0)).to(model.embedding.weight).eval()
     weights = {name.replace(".block.", "."): weight for name, weight in model.state_dict().items()}
     twin.load_state_dict(weights, strict=False)
@@ -326,13 +324,13 @@ def bench(model, prompt, num_tokens=64, rounds=5, threshold=0.0):
             taken.extend(route.taken for _, _, route, _ in outputs)
         return rates
 
-    rounds = [
+    measured = [
         {name: rate for way in (*WAYS, "topk_forward") for name, rate in measure(way).items()}
         for _ in range(rounds + 1)
     ][1:]
     share = torch.cat(taken).float().mean().item()
-    keys = T + WARMUP + num_tokens / 2  # in a dense block's cache, on average;
-    length = 2 * keys  # and a text of this length has as many for its mean position
+    keys = T + WARMUP + num_tokens / 2  # in a dense block's cache, the mean of the timed steps
+    length = 2 * keys  # of a text for whose mean position flops_per_token counts as many
     return {
         "device": device_name(device),
         "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
@@ -341,7 +339,7 @@ def bench(model, prompt, num_tokens=64, rounds=5, threshold=0.0):
         "batch": B,
         "context": T + WARMUP + num_tokens,
         "share": share,
-        **{f"{name}_tok_s": statistics.median(rates[name] for rates in rounds) for name in rounds[0]},
+        **{f"{name}_tok_s": statistics.median(rates[name] for rates in measured) for name in measured[0]},
         "ideal": dense_flops(config, length) / config.flops_per_token(length, share),
         "cache_bytes": cache_bytes["fast"],
         "dense_cache_bytes": cache_bytes["dense"],
@@ -497,9 +495,9 @@ def html_page(model, tokenizer, texts, name):
         for token in text.tokens:
             depth, blocks = None, []
             if token.route is not None:
-                taken, weight, logit = token.route
+                taken, r, logit = token.route
                 depth = int(taken.sum())
-                blocks = torch.stack((logit.sigmoid(), gate(weight), taken), dim=1).tolist()
+                blocks = torch.stack((logit.sigmoid(), gate(r), taken), dim=1).tolist()
             piece = decoder.decode(tokenizer.decode_single_token_bytes(token.id))
             body.append(span(visible(piece), depth))
             data.append([token.id, token.probability, blocks])

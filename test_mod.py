@@ -1214,7 +1214,7 @@ def test_gpt2_without_a_network(monkeypatch, tmp_path, text_file):
         raise ConnectionError("Max retries exceeded")  # requests' own is an OSError just like this one
 
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
-    with pytest.raises(UserError, match="needs a network. `--tokenizer bytes` works offline"):
+    with pytest.raises(UserError, match="needs a network. `prepare_data.py --tokenizer bytes` works offline"):
         prepare(inputs=[text_file], tokenizer="gpt2", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -1299,7 +1299,12 @@ def test_default_directories(fake_stdlib, text_file, tmp_path, monkeypatch):
         ("empty", b"", "bytes", "empty is empty"),
         ("short", b"x" * 320, "bytes", "too little text: 288 tokens for training and 32 for validation"),
         ("one byte", b"x", "bytes", "too little text: 0 tokens for training and 1 for validation"),
-        ("latin", b"caf\xe9 " * 200, "gpt2", "latin is not valid UTF-8.*`--tokenizer bytes` takes any file"),
+        (
+            "latin",
+            b"caf\xe9 " * 200,
+            "gpt2",
+            "latin is not valid UTF-8.*`prepare_data.py --tokenizer bytes` takes any file",
+        ),
     ],
 )
 def test_bad_input(name, content, tokenizer, message, text_file, tmp_path, monkeypatch, fake_gpt2):
@@ -1813,7 +1818,7 @@ def test_checkpoints_of_a_compiled_run_are_clean(run_train, tmp_path, monkeypatc
         (["--routed_lr_scale=-0.1"], "--routed_lr_scale -0.1"),
         (["--seed=-1"], "--seed -1"),
         (["--eval_interval=0"], "--eval_interval 0"),
-        (["--block_size=100000"], "--block_size 100000 is longer than the validation data"),
+        (["--block_size=100000"], "--block_size 100000 needs more tokens for validation than"),
         (["--block_size=0"], "block_size 0"),
         (["--device=nonsense"], "device 'nonsense'"),
         (["--device=meta"], "device 'meta'"),
@@ -1875,6 +1880,26 @@ def test_a_run_goes_on_where_its_text_was_moved_to(run_train, small_data, tmp_pa
     shutil.copytree(small_data, tmp_path / "moved")
     train.main(["--resume", f"--out={tmp_path / 'run'}", f"--data={tmp_path / 'moved'}", "--steps=4"])
     assert load(tmp_path / "run")["train"]["data"] == str(tmp_path / "moved")
+
+
+def test_a_run_goes_on_in_the_folder_it_was_moved_to(run_train, tmp_path, monkeypatch):
+    """It once went on in the folder that it began in, or found nothing there."""
+    run_train("--steps=2")
+    monkeypatch.chdir(tmp_path)
+    shutil.move("run", "out/mod")
+    train.main(["--resume", "--steps=4"])
+    assert load(Path("out/mod"))["step"] == 4 and not Path("run").exists()
+
+
+def test_default_data_that_was_not_finished_is_prepared_again(tmp_path, monkeypatch):
+    """A folder without meta.json, left by a first run that was stopped, once was an error instead."""
+    monkeypatch.chdir(tmp_path)
+    Path("data/stdlib").mkdir(parents=True)
+    calls = []
+    monkeypatch.setattr(train, "prepare", lambda: calls.append("prepared"))
+    with pytest.raises(UserError, match="no prepared data"):
+        train.main(["--device=cpu"])
+    assert calls == ["prepared"]
 
 
 @pytest.mark.parametrize("lost", [False, True])

@@ -17,9 +17,9 @@ import shutil
 import signal
 import sys
 import time
-from argparse import Namespace
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +27,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mod import Block, MoD, MoDConfig, choice_loss
+from mod import CHOICES, Block, MoD, MoDConfig, choice_loss
 from prepare_data import UserError, get_tokenizer, load_data, make_parser, prepare, run, write_atomic
 
-# None in TrainConfig below is filled in from here. cpu: minutes on two cores. gpu: as wide as nanoGPT's baby GPT.
-# (Wide routed blocks want a lower rate: next to Muon's, AdamW's steps grow with a matrix's width.)
+# Sizes and rates that TrainConfig leaves None. cpu: minutes on two cores. gpu: as wide as nanoGPT's baby GPT.
+# (Wide routed blocks want a lower rate: AdamW's steps, unlike Muon's, grow with a matrix's width.)
 PRESETS = {
     "cpu": dict(
         n_layer=6, n_head=3, n_embd=96, block_size=256, batch_size=8, lr=5.6e-3, routed_lr_scale=0.25, steps=3000
@@ -56,9 +56,9 @@ class TrainConfig:
     flops: float | None = option(None, "train to this many training FLOPs instead: the fair way to compare")
     capacity: float = option(0.125, "share of a sequence that a routed block takes; 1 is the dense baseline")
     route_every: int = option(2, "every N-th block is routed")
-    routing: str = option("topk", "random is the control: a choice blind to the router", ("topk", "random"))
-    causal: str = option("router", "who chooses without the future, when sampling", ("router", "predictor"))
-    gate: str = option("sigmoid", "what scales a routed block's output; raw is the paper's", ("sigmoid", "raw"))
+    routing: str = option("topk", "random is the control: a choice blind to the router", CHOICES["routing"])
+    causal: str = option("router", "who chooses without the future, when sampling", CHOICES["causal"])
+    gate: str = option("sigmoid", "what scales a routed block's output; raw is the paper's", CHOICES["gate"])
     n_layer: int | None = option(None, "blocks, routed ones included (default: by preset)")
     n_head: int | None = option(None, "attention heads (default: by preset)")
     n_embd: int | None = option(None, "width (default: by preset)")
@@ -68,7 +68,7 @@ class TrainConfig:
     lr: float | None = option(None, "peak learning rate (default: by preset)")
     router_lr_scale: float = option(0.1, "the routers' learning rate, as a part of the body's")
     routed_lr_scale: float | None = option(None, "the routed blocks', likewise (default: by preset)")
-    weight_decay: float = option(0.1, "of matrices")
+    weight_decay: float = option(0.1, "of matrices, but not of the routers'")
     seed: int = option(0, "of initialisation and batches")
     eval_interval: int | None = option(None, "steps between evaluations, each saved (default: a tenth of the run)")
     device: str | None = option(None, "cuda, mps or cpu (default: the best there is)")
@@ -80,7 +80,7 @@ class TrainConfig:
     overwrite: bool = option(False, "replace the run that is in out")
 
 
-# What may differ between a run and its resumption without changing the run itself (but for random routing's noise).
+# Where and how a run is computed; all else must be as it began. (Rounding may differ, and random routing's noise.)
 FREE_ON_RESUME = ("data", "out", "device", "dtype", "compile", "accumulate", "resume", "overwrite")
 EVAL_TOKENS, FINAL_EVAL_TOKENS = 2**14, 2**17  # validation tokens used, during the run and at its end
 
@@ -179,6 +179,11 @@ def make_optimizers(model, router_lr_scale, routed_lr_scale, weight_decay):
     return [Muon([{"params": muon, "weight_decay": weight_decay, "scale": 1.0}]), adamw]
 
 
+def dense_flops(config, T):
+    """What flops_per_token is for a dense model of the same shape."""
+    return dataclasses.replace(config, capacity=1.0).flops_per_token(T)
+
+
 def step_flops(model, tokens):
     """FLOPs of a training step: 3 x forward, and Muon's five Newton-Schulz iterations, whatever the batch."""
     muon = sum(5 * (4 * m * m * n + 2 * m**3) for m, n in (sorted(p.shape) for p in muon_matrices(model)))
@@ -204,26 +209,21 @@ def evaluate(model, data, tokens, autocast):
     size = model.config.block_size
     text = spread_windows(data, size, tokens)
     torch.manual_seed(0)  # random routing draws its noise here
-    ways = {
-        "val_topk": {},
-        "val_causal": {"causal": True},
-        "val_skip": {"causal": True, "threshold": math.inf},
-    }
+    ways = {"val_topk": {}, "val_causal": {"causal": True}, "val_skip": {"causal": True, "threshold": math.inf}}
+    dense = not model.config.routed_layers
     sums, routing = dict.fromkeys(ways, 0.0), []
     for batch in text.split(16):
-        batch = batch.to(model.rope.device)
-        for way, options in ways.items():
+        batch, routes = batch.to(model.rope.device), {}
+        for way in ["val_topk"] if dense else ways:
             with autocast():
-                _, loss, route = model(batch[:, :-1], batch[:, 1:], **options)
+                _, loss, routes[way] = model(batch[:, :-1], batch[:, 1:], **ways[way])
             sums[way] += loss.item() * len(batch)
-            if route is None:  # dense: one forward says it all
-                sums = dict.fromkeys(ways, sums[way])
-                break
-            if way == "val_topk":
-                agree, hit = (route.logit > 0) == route.taken, (route.logit > 0) & route.taken
-                counts = [agree.sum((1, 2)), hit.sum((1, 2)), route.taken.sum((1, 2))]
-            elif way == "val_causal":
-                routing.append(torch.stack([*counts, route.taken.sum((1, 2))]))
+        if not dense:
+            foreseen, taken = routes["val_topk"].logit > 0, routes["val_topk"].taken
+            counts = foreseen == taken, foreseen & taken, taken, routes["val_causal"].taken
+            routing.append(torch.stack([count.sum((1, 2)) for count in counts]))
+    if dense:  # one forward says it all
+        sums = dict.fromkeys(ways, sums["val_topk"])
     result = {way: total / len(text) for way, total in sums.items()}
     if routing:
         agree, hit, taken, causal = torch.stack(routing).sum(0).double()
@@ -284,6 +284,8 @@ def pick_device(name):
     """The torch.device called name, or the best there is. Raises UserError if it isn't there."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: one each
+        name += f":{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=name).item()
         return torch.device(name)
@@ -296,7 +298,7 @@ def pick_device(name):
 
 
 def fill_in(config, device):
-    """The same TrainConfig with every None that stands for a default replaced, for this device."""
+    """The same TrainConfig, with what the preset and this device decide filled in where it is None."""
     preset = config.preset or ("cpu" if device.type == "cpu" else "gpu")
     defaults = {
         "preset": preset,
@@ -362,7 +364,6 @@ def train(config):
     device = pick_device(config.device)
     if world > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -379,16 +380,17 @@ def train(config):
     train_data, val_data, meta = load_data(config.data, checkpoint and checkpoint["meta"])
     if min(len(train_data), len(val_data)) <= config.block_size:
         raise UserError(
-            f"--block_size {config.block_size} is longer than the validation data of {config.data} "
-            f"({len(val_data)} tokens); take a shorter context or more text"
+            f"--block_size {config.block_size} needs more tokens for validation than the {len(val_data)} of "
+            f"{config.data}; take a shorter context or more text"
         )
     shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(MoDConfig) if f.name != "vocab_size"}
     try:
         model_config = MoDConfig(vocab_size=meta["vocab_size"], **shape)
     except ValueError as error:
         raise UserError(str(error)) from error
-    torch.manual_seed(config.seed)
-    model = model if checkpoint else MoD(model_config).to(device)
+    if not checkpoint:
+        torch.manual_seed(config.seed)
+        model = MoD(model_config).to(device)
     model.train()
 
     tokens_per_step = config.batch_size * config.block_size
@@ -399,8 +401,8 @@ def train(config):
     eval_interval = config.eval_interval or max(1, steps // 10)
     learns_to_choose = config.routing == "topk" and len(model_config.routed_layers) > 0
 
-    # Clipped apart: in one norm with the body's, the gradients of what learns to choose would rescale the
-    # body's step, and the language model would notice that it learns.
+    # Clipped apart: in one norm, the gradients of what learns to choose would shrink the body's step, and so change the
+    # language model.
     routers = [p for name, p in model.named_parameters() if ".router." in name]
     predictors = [p for name, p in model.named_parameters() if ".predictor." in name]
     choosers = set(map(id, routers + predictors))
@@ -426,10 +428,7 @@ def train(config):
     network = torch.compile(model, fullgraph=True) if config.compile else model
     if world > 1:
         network = DistributedDataParallel(network)
-    if config.dtype == "bfloat16":
-        autocast = lambda: torch.autocast(device.type, torch.bfloat16)  # noqa: E731
-    else:
-        autocast = nullcontext
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
     def say(text):
         if main_process:
@@ -483,8 +482,7 @@ def train(config):
             file.write("".join(json.dumps(entry) + "\n" for entry in log).encode())
 
     n_params = sum(p.numel() for p in model.parameters())
-    dense_flops = dataclasses.replace(model_config, capacity=1.0).flops_per_token(config.block_size)
-    relative = model_config.flops_per_token(config.block_size) / dense_flops
+    relative = model_config.flops_per_token(config.block_size) / dense_flops(model_config, config.block_size)
     say(f"{device}, {config.dtype}, torch {torch.__version__}, {'compiled' if config.compile else 'eager'}")
     say(" ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items() if value is not None))
     say(
@@ -517,7 +515,9 @@ def train(config):
                 group["lr"] = rate * group["scale"]
             x, y = get_batch(train_data, config.block_size, config.batch_size, config.seed, step)
             x, y = x[part].to(device), y[part].to(device)
-            torch.manual_seed((config.seed << 32) + step)  # for random routing: the noise too is the step's own
+            torch.manual_seed(
+                (config.seed << 32) + step * world + rank
+            )  # random routing's noise: of this step and device
             for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate), strict=True):
                 with autocast():
                     _, loss, route = network(x_part, y_part)
@@ -533,6 +533,7 @@ def train(config):
             if step % eval_interval and step < steps:
                 continue
 
+            first = step - loss_count
             train_loss, learned_choice = mean_losses()  # waits for the device: the timing below is right
             seconds = time.perf_counter() - tick
             loss_sum.zero_()
@@ -544,7 +545,7 @@ def train(config):
                 model.eval()
                 result |= evaluate(model, val_data, EVAL_TOKENS if step < steps else FINAL_EVAL_TOKENS, autocast)
                 model.train()
-                finite([result["val_topk"], result["val_causal"]], step - eval_interval, step)
+                finite([result["val_topk"], result["val_causal"]], first, step)
                 elapsed = spent + time.perf_counter() - start
                 speed = timed_tokens / seconds
                 result["timing"] = {"tokens_per_second": speed, "seconds": elapsed}
@@ -579,7 +580,7 @@ def resumed(given, out):
         if name not in FREE_ON_RESUME and value != saved[name] and not larger:
             can = "it can only be raised" if name in ("steps", "flops") and saved[name] else "leave it out"
             raise UserError(f"--{name} {value} differs from the run in {out}, which has {saved[name]}; {can}")
-    return TrainConfig(**{**saved, "device": None, "overwrite": False, **given})
+    return TrainConfig(**{**saved, "overwrite": False, **given, "out": out})
 
 
 def summarize(config, result):
@@ -604,12 +605,10 @@ def summarize(config, result):
 
 def main(argv):
     parser = make_parser(TrainConfig, "Train a Mixture-of-Depths model, or its dense baseline (--capacity 1).")
-    unset = object()
-    namespace = Namespace(**{f.name: unset for f in dataclasses.fields(TrainConfig)})
-    given = {name: v for name, v in vars(parser.parse_args(argv, namespace)).items() if v is not unset}
+    given = vars(parser.parse_args(argv))
     out = given.get("out", TrainConfig.out)
     config = resumed(given, out) if given.get("resume") else TrainConfig(**given)
-    if config.data == TrainConfig.data and not Path(config.data).exists():
+    if config.data == TrainConfig.data and not (Path(config.data) / "meta.json").exists():  # it is written last
         prepare()
     result = train(config)
     if result and int(os.environ.get("RANK", 0)) == 0:

@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 from experiments.bench import THRESHOLD, random_model  # noqa: E402
 from mod import MoDConfig, RoutedBlock, norm  # noqa: E402
 from prepare_data import Parser, UserError, run, write_atomic  # noqa: E402
-from sample import bench, dense_flops, dense_twin, device_name, timed, to_bfloat16  # noqa: E402
-from train import pick_device  # noqa: E402
+from sample import bench, dense_twin, device_name, timed, to_bfloat16  # noqa: E402
+from train import dense_flops, pick_device  # noqa: E402
 
 
 class StaticCache:

@@ -33,8 +33,8 @@ from experiments.isoflop import COLORS  # noqa: E402
 from experiments.router_stats import KINDS, kinds_of, load, look  # noqa: E402
 from experiments.sweep import lowest_of, read_log, read_table  # noqa: E402
 from prepare_data import Parser, UserError, load_data, run  # noqa: E402
-from sample import compute_dial, dense_flops  # noqa: E402
-from train import load_checkpoint  # noqa: E402
+from sample import compute_dial  # noqa: E402
+from train import dense_flops, load_checkpoint  # noqa: E402
 
 try:
     import matplotlib.pyplot as plt
