@@ -23,7 +23,7 @@ import typing
 import urllib.request
 import zlib
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import field, fields
 from http.client import HTTPException
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
@@ -89,8 +89,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; --help lists the flags\n")
 
 
+def option(default, help, choices=None):
+    """A dataclass field that make_parser makes a flag of."""
+    return field(default=default, metadata={"help": help, "choices": choices} if choices else {"help": help})
+
+
 def make_parser(config_class, description):
-    """A parser with a flag for each field of a dataclass; metadata holds its "help", perhaps its "choices".
+    """A parser with a flag for each field of a dataclass, an option.
 
     The annotation gives the type: int, float, str, bool (--flag/--no-flag), or one of these `| None`. A flag that was
     not given is not in the result.

@@ -28,8 +28,18 @@ from typing import NamedTuple
 import torch
 
 from mod import MoD, RoutedBlock, sample
-from prepare_data import UserError, encode, encode_text, get_tokenizer, load_data, make_parser, run, write_atomic
-from train import EVAL_TOKENS, dense_flops, load_checkpoint, option, pick_device, spread_windows
+from prepare_data import (
+    UserError,
+    encode,
+    encode_text,
+    get_tokenizer,
+    load_data,
+    make_parser,
+    option,
+    run,
+    write_atomic,
+)
+from train import EVAL_TOKENS, dense_flops, load_checkpoint, pick_device, spread_windows
 
 WARMUP = 3  # steps that are not timed: the prompt's, and two single tokens
 
@@ -277,7 +287,7 @@ def synchronize(device):
         getattr(torch, device.type).synchronize()
 
 
-def timed(n, steps, device):
+def time_steps(n, steps, device):
     """Seconds that the next n of steps take, an iterator, and what they yield, a list."""
     synchronize(device)
     start = time.perf_counter()
@@ -305,7 +315,7 @@ def bench(model, prompt, num_tokens=64, rounds=5, threshold=0.0):
         torch.manual_seed(0)
         if way == "topk_forward":
             with torch.inference_mode():
-                return {way: B * T / timed(1, map(model, [prompt]), device)[0]}
+                return {way: B * T / time_steps(1, map(model, [prompt]), device)[0]}  # map is lazy
         if way == "no_cache":
             untimed, n = 1, math.ceil(num_tokens / 16)
             text = torch.cat((prompt, prompt[:, :1].expand(-1, num_tokens // 2)), dim=1)
@@ -313,9 +323,9 @@ def bench(model, prompt, num_tokens=64, rounds=5, threshold=0.0):
         else:
             untimed, n = WARMUP, num_tokens
             steps = models[way].generate(prompt, untimed + n, threshold=threshold)
-        prefill, _ = timed(1, steps, device)
-        timed(untimed - 1, steps, device)
-        generation, outputs = timed(n, steps, device)
+        prefill, _ = time_steps(1, steps, device)
+        time_steps(untimed - 1, steps, device)
+        generation, outputs = time_steps(n, steps, device)
         rates = {way: B * n / generation}
         if way != "no_cache":
             rates[f"{way}_prefill"] = B * T / prefill

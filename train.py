@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mod import CHOICES, Block, MoD, MoDConfig, choice_loss
-from prepare_data import UserError, get_tokenizer, load_data, make_parser, prepare, run, write_atomic
+from prepare_data import UserError, get_tokenizer, load_data, make_parser, option, prepare, run, write_atomic
 
 # Sizes and rates that TrainConfig leaves None. cpu: minutes on two cores. gpu: as wide as nanoGPT's baby GPT.
 # (Wide routed blocks want a lower rate: AdamW's steps, unlike Muon's, grow with a matrix's width.)
@@ -40,11 +40,6 @@ PRESETS = {
         n_layer=12, n_head=12, n_embd=384, block_size=256, batch_size=32, lr=4e-3, routed_lr_scale=0.1, steps=5000
     ),
 }
-
-
-def option(default, help, choices=None):
-    metadata = {"help": help, "choices": choices} if choices else {"help": help}
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from experiments.bench import THRESHOLD, random_model  # noqa: E402
 from mod import MoDConfig, RoutedBlock, norm  # noqa: E402
 from prepare_data import Parser, UserError, run, write_atomic  # noqa: E402
-from sample import bench, dense_twin, device_name, timed, to_bfloat16  # noqa: E402
+from sample import bench, dense_twin, device_name, time_steps, to_bfloat16  # noqa: E402
 from train import dense_flops, pick_device  # noqa: E402
 
 
@@ -187,7 +187,7 @@ def compare(model, prompt, num_tokens, rounds):
         for way, decoder in decoders.items():
             decoder.reset()
             torch.manual_seed(0)
-            seconds, counts = timed(num_tokens, decoder.steps(), prompt.device)
+            seconds, counts = time_steps(num_tokens, decoder.steps(), prompt.device)
             rates[way].append(num_tokens / seconds)
             if way == "graph":
                 taken += counts

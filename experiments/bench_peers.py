@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from experiments.bench import THRESHOLD, random_model  # noqa: E402
 from mod import MoDConfig  # noqa: E402
 from prepare_data import Parser, UserError, run, write_atomic  # noqa: E402
-from sample import WARMUP, dense_twin, device_name, generate_without_cache, timed  # noqa: E402
+from sample import WARMUP, dense_twin, device_name, generate_without_cache, time_steps  # noqa: E402
 from train import pick_device  # noqa: E402
 
 try:
@@ -79,8 +79,8 @@ def main(argv):
         def rate(way, ways=ways):
             steps = ways[way]()
             n = args.num_tokens if "no_cache" not in way else args.num_tokens // 4
-            timed(WARMUP, steps, device)
-            return n / timed(n, steps, device)[0]
+            time_steps(WARMUP, steps, device)
+            return n / time_steps(n, steps, device)[0]
 
         rounds = [{way: rate(way) for way in ways} for _ in range(args.rounds + 1)][1:]
         medians = {f"{way}_tok_s": statistics.median(r[way] for r in rounds) for way in ways}
