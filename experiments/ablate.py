@@ -282,8 +282,6 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has only the unrouted
     "muon_capacity_0.5": ({"capacity": 0.5}, muon_for_all),
     "muon_capacity_0.999": ({"capacity": 0.999}, muon_for_all),
     "route_every_3": ({"route_every": 3}, None),
-    "context_1024": ({"block_size": 1024}, None),  # (at a quarter of the batch it has as many tokens a step)
-    "dense_half_context_1024": ({"capacity": 1, "block_size": 1024}, None),
 }
 
 
