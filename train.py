@@ -510,9 +510,8 @@ def train(config):
                 group["lr"] = rate * group["scale"]
             x, y = get_batch(train_data, config.block_size, config.batch_size, config.seed, step)
             x, y = x[part].to(device), y[part].to(device)
-            torch.manual_seed(
-                (config.seed << 32) + step * world + rank
-            )  # random routing's noise: of this step and device
+            # Random routing's noise is of this step and device.
+            torch.manual_seed((config.seed << 32) + step * world + rank)
             for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate), strict=True):
                 with autocast():
                     _, loss, route = network(x_part, y_part)

@@ -399,8 +399,8 @@ def halves(args):
 
     for (width, budget, batch), of in points.items():
         layers, x, y, seeds = zip(*of, strict=True)
-        look = {"edgecolors": color[width], "facecolors": face(batch, color[width]), "marker": marker[budget]}
-        axis.scatter(x, y, s=[16 * n for n in seeds], **look)
+        style = {"edgecolors": color[width], "facecolors": face(batch, color[width]), "marker": marker[budget]}
+        axis.scatter(x, y, s=[16 * n for n in seeds], **style)
         for name, *point in zip(layers, x, y, strict=True):
             axis.annotate(name, point, (6, -3), textcoords="offset points", fontsize=8)
     for width in widths:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from experiments.sweep import read_table, sweep  # noqa: E402
 from mod import CHOICES  # noqa: E402
 from prepare_data import Parser, UserError, load_data, prepare, run  # noqa: E402
-from train import TrainConfig  # noqa: E402
+from train import PRESETS, TrainConfig  # noqa: E402
 
 TABLE = ROOT / "assets" / "isoflop.csv"
 FAMILIES = {"dense": ["--capacity=1"], "mod": [], "random": ["--routing=random"]}
@@ -26,7 +26,6 @@ DENSE = ["2x64", "3x64", "1x96", "2x96", "3x96", "4x96"]
 # A MoD model of 2N blocks costs about what its N unrouted blocks cost, so it is swept at twice the depth.
 ROUTED = [f"{2 * int(shape[0])}{shape[1:]}" for shape in DENSE]
 SHAPES = {"dense": DENSE, "mod": ROUTED, "random": ROUTED}
-CONTEXT = 256
 COLORS = {"dense": "#4477aa", "mod": "#cc3311", "random": "#999933"}
 
 
@@ -34,7 +33,7 @@ def job(family, budget, shape, block_size, seed, batch_size, lr, routed_lr_scale
     layers, width = map(int, shape.split("x"))
     recipe = f"{batch_size}-{lr:g}-{routed_lr_scale:g}-{causal}"
     out = ROOT / "out" / "isoflop" / f"{family}-{budget:g}-{shape}-{recipe}-{seed}"
-    if block_size != CONTEXT:
+    if block_size != PRESETS["cpu"]["block_size"]:
         out = out.with_name(f"{out.name}-{block_size}")
     if data != TrainConfig.data:
         out = out.with_name(f"{out.name}-{Path(data).name}")
@@ -94,7 +93,7 @@ def main(argv):
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--shapes", nargs="+", help="LAYERSxWIDTH, or best (default: the sweep's list)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--block_size", type=int, default=CONTEXT, help="context length")
+    parser.add_argument("--block_size", type=int, default=PRESETS["cpu"]["block_size"], help="context length")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences a step")
     parser.add_argument("--lr", type=float, default=5.6e-3, help="a shorter run wants a higher one")
     parser.add_argument("--routed_lr_scale", type=float, default=0.25, help="of MoD and random routing")
