@@ -285,7 +285,7 @@ def pick_device(name):
         torch.zeros(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"device {name!r} can't be used here; try --device cpu") from error
+        raise UserError(f"device {name!r} can't be used here; cpu always can") from error
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import mod  # noqa: E402
 import train  # noqa: E402
-from experiments.sweep import sweep  # noqa: E402
+from experiments.sweep import parse_shape, sweep  # noqa: E402
 from prepare_data import Parser, run  # noqa: E402
 
 progress = 0.0  # of the run, 0 to 1: what the annealed variants follow
@@ -300,7 +300,7 @@ def main(argv):
     parser.add_argument("--resume", action="store_true", help="likewise")
     args = parser.parse_args(argv)
     table = ROOT / "assets" / "ablations.csv"
-    layers, width = map(int, args.shape.split("x"))
+    layers, width = parse_shape(args.shape)
 
     def out_of(name, seed):
         recipe = f"{args.shape}-{args.batch_size}-{args.lr:g}-{args.routed_lr_scale:g}-{args.causal}"

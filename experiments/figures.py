@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.isoflop import COLORS  # noqa: E402
 from experiments.router_stats import KINDS, kinds_of, load, look  # noqa: E402
-from experiments.sweep import lowest_of, read_log, read_table  # noqa: E402
+from experiments.sweep import lowest_of, parse_shape, read_log, read_table  # noqa: E402
 from prepare_data import Parser, UserError, load_data, run  # noqa: E402
 from sample import compute_dial  # noqa: E402
 from train import dense_flops, load_checkpoint  # noqa: E402
@@ -339,7 +339,7 @@ def isoflop(args):
             if not points:  # not run yet
                 continue
             curves = defaultdict(list)  # by width: parameters and loss of each shape
-            for shape in {key[2] for key in points}:
+            for shape in sorted({key[2] for key in points}):
                 of = runs[best_key({key: of for key, of in points.items() if key[2] == shape})]
                 curves[shape.split("x")[1]].append((of[0]["params"], np.mean([run["loss"] for run in of])))
             for curve in curves.values():
@@ -385,7 +385,7 @@ def halves(args):
     axis.axhline(0, color="black", lw=0.8)
     points = defaultdict(list)
     for (family, budget, shape, batch), (loss, _, seeds) in lowest.items():
-        layers, width = map(int, shape.split("x"))
+        layers, width = parse_shape(shape)
         half = lowest.get(("dense", budget, f"{layers - layers // 2}x{width}", batch))
         if family == "mod" and half:
             point = half[1], 100 * (loss / half[0] - 1), min(seeds, half[2])

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments.sweep import read_table, sweep  # noqa: E402
+from experiments.sweep import parse_shape, read_table, sweep  # noqa: E402
 from mod import CHOICES  # noqa: E402
 from prepare_data import Parser, UserError, load_data, prepare, run  # noqa: E402
 from train import PRESETS, TrainConfig  # noqa: E402
@@ -30,7 +30,7 @@ COLORS = {"dense": "#4477aa", "mod": "#cc3311", "random": "#999933"}
 
 
 def job(family, budget, shape, block_size, seed, batch_size, lr, routed_lr_scale, causal, data, sha256):
-    layers, width = map(int, shape.split("x"))
+    layers, width = parse_shape(shape)
     recipe = f"{batch_size}-{lr:g}-{routed_lr_scale:g}-{causal}"
     out = ROOT / "out" / "isoflop" / f"{family}-{budget:g}-{shape}-{recipe}-{seed}"
     if block_size != PRESETS["cpu"]["block_size"]:

@@ -115,6 +115,8 @@ def main(argv):
     args = parser.parse_args(argv)
     model, x, y = load(args.out)
     T, k = model.config.block_size, model.config.k(model.config.block_size)
+    if k == T:
+        raise UserError(f"routed blocks of {args.out} take every token of a context; nothing was chosen")
     topk, route = look(model, x, y)
     skip, _ = look(model, x, y, causal=True, threshold=math.inf)
     hard = look(load(args.dense, T, dense=True)[0], x, y)[0] if args.dense else skip

@@ -10,6 +10,9 @@ from pathlib import Path
 from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from prepare_data import UserError  # noqa: E402
 
 
 def read_table(path):
@@ -18,6 +21,15 @@ def read_table(path):
         return []
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def parse_shape(shape):
+    """Blocks and width of a shape such as 4x96. Raises UserError."""
+    try:
+        layers, width = map(int, shape.split("x"))
+    except ValueError:
+        raise UserError(f"shape {shape!r} must be LAYERSxWIDTH, such as 4x96") from None
+    return layers, width
 
 
 def lowest_of(losses):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments.sweep import lowest_of, read_table  # noqa: E402
-from prepare_data import write_atomic  # noqa: E402
+from prepare_data import Parser, run, write_atomic  # noqa: E402
 
 ASSETS = ROOT / "assets"
 TEXTS = {  # by the first digits of the text's SHA-256, and the context
@@ -89,7 +89,8 @@ def every_recipe(runs):
     return "\n".join(lines) + "\n"
 
 
-def main():
+def main(argv):
+    Parser(description="The learning tables.").parse_args(argv)
     runs = recipes()
     print("\n\n".join(readme_table(runs, text) for text in TEXTS))
     with write_atomic(ASSETS / "isoflop.md") as file:
@@ -97,4 +98,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
