@@ -1723,7 +1723,7 @@ def test_optimizers_and_schedule():
     assert [type(optimizer) for optimizer in train.make_optimizers(every_block, 0.1, 1, 0.3)] == [torch.optim.AdamW]
     rates = [train.learning_rate(step, 1000, 1.0) for step in range(1000)]
     assert rates[0] == pytest.approx(1 / 20) and max(rates) == pytest.approx(1.0)
-    assert rates[-1] == pytest.approx(0.1, abs=0.001) and rates[20:] == sorted(rates[20:], reverse=True)
+    assert 0 < rates[-1] < 0.002 and rates[20:] == sorted(rates[20:], reverse=True)
 
 
 def test_muon_is_torchs_but_for_rounding():

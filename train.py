@@ -186,12 +186,11 @@ def step_flops(model, tokens):
 
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up over the first hundredth (at least 20 steps), then a cosine down to a tenth of the peak."""
+    """Linear warm-up over the first hundredth (at least 20 steps), then a line down to 0 (arXiv:2502.15938)."""
     warmup = min(max(20, steps // 100), steps)
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
+    return peak * (steps - step) / (steps - warmup)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import mod  # noqa: E402
 import train  # noqa: E402
-from experiments.sweep import parse_shape, sweep  # noqa: E402
+from experiments.sweep import SCHEDULE, parse_shape, sweep  # noqa: E402
 from prepare_data import Parser, run  # noqa: E402
 
 progress = 0.0  # of the run, 0 to 1: what the annealed variants follow
@@ -330,7 +330,7 @@ def main(argv):
     jobs = [
         {
             "key": {"variant": name, "budget": f"{args.budget:g}", "shape": args.shape,
-                    "batch_size": args.batch_size, "lr": f"{args.lr:g}",
+                    "batch_size": args.batch_size, "lr": f"{args.lr:g}", "schedule": SCHEDULE,
                     "routed_lr_scale": f"{args.routed_lr_scale:g}", "causal": args.causal, "seed": seed},
             "out": out_of(name, seed),
             "command": ["experiments/ablate.py", "--one", "--only", name, "--seeds", str(seed), "--budget",

@@ -313,7 +313,7 @@ def isoflop_runs(args):
     rows = read_table(args.assets / "isoflop.csv")
     usual = Counter((row["data_sha256"], row["block_size"]) for row in rows).most_common(1)[0][0]
     for row in (row for row in rows if (row["data_sha256"], row["block_size"]) == usual):
-        recipe = row["batch_size"], row["lr"], row["routed_lr_scale"], row["causal"]
+        recipe = row["batch_size"], row["schedule"], row["lr"], row["routed_lr_scale"], row["causal"]
         key = row["family"], float(row["budget"]), row["shape"], *recipe
         run = {"params": int(row["params"]) / 1000, "steps": int(row["steps"]), "loss": float(row["val_causal"])}
         runs[key].append(run)
@@ -376,17 +376,17 @@ def halves(args):
     makes: the difference of causal losses."""
     recipes = defaultdict(dict)
     for key, of in isoflop_runs(args).items():
-        recipes[key[:4]][key] = of
-    lowest = {}  # (family, budget, shape, batch): mean loss over seeds, steps, seeds
+        recipes[key[:5]][key] = of
+    lowest = {}  # (family, budget, shape, batch, schedule): mean loss over seeds, steps, seeds
     for shape, runs in recipes.items():
         of = runs[best_key(runs)]
         lowest[shape] = np.mean([run["loss"] for run in of]), of[0]["steps"], len(of)
     figure, axis = plt.subplots(figsize=(9, 5))
     axis.axhline(0, color="black", lw=0.8)
     points = defaultdict(list)
-    for (family, budget, shape, batch), (loss, _, seeds) in lowest.items():
+    for (family, budget, shape, batch, schedule), (loss, _, seeds) in lowest.items():
         layers, width = parse_shape(shape)
-        half = lowest.get(("dense", budget, f"{layers - layers // 2}x{width}", batch))
+        half = lowest.get(("dense", budget, f"{layers - layers // 2}x{width}", batch, schedule))
         if family == "mod" and half:
             point = half[1], 100 * (loss / half[0] - 1), min(seeds, half[2])
             points[width, budget, batch].append((layers, *point))

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments.sweep import parse_shape, read_table, sweep  # noqa: E402
+from experiments.sweep import SCHEDULE, parse_shape, read_table, sweep  # noqa: E402
 from mod import CHOICES  # noqa: E402
 from prepare_data import Parser, UserError, load_data, prepare, run  # noqa: E402
 from train import PRESETS, TrainConfig  # noqa: E402
@@ -45,6 +45,7 @@ def job(family, budget, shape, block_size, seed, batch_size, lr, routed_lr_scale
             "block_size": block_size,
             "batch_size": batch_size,
             "lr": f"{lr:g}",
+            "schedule": SCHEDULE,
             "routed_lr_scale": f"{routed_lr_scale:g}",
             "causal": causal,
             "seed": seed,

@@ -14,6 +14,8 @@ sys.path.insert(0, str(ROOT))
 
 from prepare_data import UserError  # noqa: E402
 
+SCHEDULE = "linear"  # that of train.py; the tables' older rows had a cosine from the peak to a tenth of it
+
 
 def read_table(path):
     """The rows of a CSV file as dicts of strings; none if there is no such file."""

@@ -2,8 +2,9 @@
 
     python experiments/tables.py          prints README's table and writes assets/isoflop.md: every recipe that was run
 
-A recipe is a shape, batch size, learning rate, the part of it that routed blocks have, and who chooses without the
-future. A family's lowest at a budget is the recipe with the lowest mean loss among those with the most seeds.
+A recipe is a shape, batch size, learning rate, its schedule, the part of it that routed blocks have, and who chooses
+without the future. A family's lowest at a budget is the recipe with the lowest mean loss among those with the most
+seeds.
 """
 
 import sys
@@ -23,7 +24,7 @@ TEXTS = {  # by the first digits of the text's SHA-256, and the context
     ("09399e66bd8f", "1024"): "stdlib, CPU, a context of 1,024",
     ("27c4952391d5", "256"): "packages, GPU",
 }
-RECIPE = ("shape", "batch_size", "lr", "routed_lr_scale", "causal")
+RECIPE = ("shape", "batch_size", "lr", "routed_lr_scale", "causal", "schedule")
 
 
 def recipes():
@@ -70,18 +71,19 @@ def readme_table(runs, text):
 def every_recipe(runs):
     lines = [
         "Every recipe of `isoflop.csv`, by `python experiments/tables.py`: causal validation loss in nats per byte.",
-        "Rate: in thousandths; routed: the part of it that routed blocks have.",
+        "Rate: in thousandths; routed: the part of it that routed blocks have. Schedule: linear ends",
+        "at 0; the older runs followed a cosine to a tenth of the rate (train.py of commit `33ed75c`).",
     ]
     for text, name in TEXTS.items():
         for budget in sorted({key[1] for key in runs if key[0] == text}):
             lines += ["", f"## {name}, {budget:g} training FLOPs", ""]
-            lines += ["| | shape | batch | rate | routed | who chooses | mean | seeds |", "| --- " * 8 + "|"]
+            lines += ["| | shape | batch | rate | schedule | routed | who chooses | mean | seeds |", "| --- " * 9 + "|"]
             for family in ("dense", "mod", "random"):
                 by_recipe = runs.get((text, budget, family), {})
                 for recipe, rows in sorted(by_recipe.items(), key=lambda item: mean(losses(item[1]))):
-                    shape, batch, rate, routed, causal = recipe
+                    shape, batch, rate, routed, causal, schedule = recipe
                     cells = [
-                        *(family, shape, batch, f"{float(rate) * 1e3:g}"),
+                        *(family, shape, batch, f"{float(rate) * 1e3:g}", schedule),
                         *(routed if family != "dense" else "", causal if family == "mod" else ""),
                         *(f"{mean(losses(rows)):.4f}", " ".join(f"{loss:.4f}" for loss in losses(rows))),
                     ]
