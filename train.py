@@ -190,7 +190,8 @@ def learning_rate(step, steps, peak):
     warmup = min(max(20, steps // 100), steps)
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * (steps - step) / (steps - warmup)
+    progress = (step - warmup) / (steps - warmup)
+    return peak * (1 - progress)
 
 
 @torch.no_grad()
