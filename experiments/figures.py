@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.isoflop import COLORS  # noqa: E402
 from experiments.router_stats import KINDS, kinds_of, load, look  # noqa: E402
-from experiments.sweep import lowest_of, parse_shape, read_log, read_table  # noqa: E402
+from experiments.sweep import SCHEDULE, lowest_of, parse_shape, read_log, read_table  # noqa: E402
 from prepare_data import Parser, UserError, load_data, run  # noqa: E402
 from sample import compute_dial  # noqa: E402
 from train import dense_flops, load_checkpoint  # noqa: E402
@@ -372,8 +372,8 @@ def isoflop(args):
 
 
 def halves(args):
-    """Each MoD shape, with its number of blocks, against its dense half of the same batch, by the steps that this half
-    makes: the difference of causal losses."""
+    """Each MoD shape, with its number of blocks, against its dense half of the same batch and schedule, by the steps
+    that this half makes: the difference of causal losses."""
     recipes = defaultdict(dict)
     for key, of in isoflop_runs(args).items():
         recipes[key[:5]][key] = of
@@ -389,17 +389,17 @@ def halves(args):
         half = lowest.get(("dense", budget, f"{layers - layers // 2}x{width}", batch, schedule))
         if family == "mod" and half:
             point = half[1], 100 * (loss / half[0] - 1), min(seeds, half[2])
-            points[width, budget, batch].append((layers, *point))
-    widths, budgets, batches = (sorted(set(of)) for of in zip(*points, strict=True))
+            points[width, budget, schedule].append((layers, *point))
+    widths, budgets, schedules = (sorted(set(of)) for of in zip(*points, strict=True))
     color = dict(zip(widths, shades(len(widths)), strict=True))
     marker = dict(zip(budgets, "osD^vPX*", strict=False))
 
-    def face(batch, color):  # of the largest batch filled, of others hollow
-        return color if batch == batches[-1] else "none"
+    def face(schedule, color):  # filled for train.py's, hollow for the older one
+        return color if schedule == SCHEDULE else "none"
 
-    for (width, budget, batch), of in points.items():
+    for (width, budget, schedule), of in points.items():
         layers, x, y, seeds = zip(*of, strict=True)
-        style = {"edgecolors": color[width], "facecolors": face(batch, color[width]), "marker": marker[budget]}
+        style = {"edgecolors": color[width], "facecolors": face(schedule, color[width]), "marker": marker[budget]}
         axis.scatter(x, y, s=[16 * n for n in seeds], **style)
         for name, *point in zip(layers, x, y, strict=True):
             axis.annotate(name, point, (6, -3), textcoords="offset points", fontsize=8)
@@ -407,8 +407,8 @@ def halves(args):
         axis.scatter([], [], color=color[width], label=f"{width} wide")
     for budget in budgets:
         axis.scatter([], [], color="grey", marker=marker[budget], label=label(budget))
-    for batch in batches:
-        axis.scatter([], [], edgecolors="grey", facecolors=face(batch, "grey"), label=f"batch {batch}")
+    for schedule in schedules:
+        axis.scatter([], [], edgecolors="grey", facecolors=face(schedule, "grey"), label=f"{schedule} schedule")
     axis.set(xscale="log", xlabel="training steps of the dense half", ylabel="MoD's loss above its dense half's (%)")
     ticks = [1000, 2000, 5000, 10000, 20000, 50000]
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
