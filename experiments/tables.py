@@ -15,7 +15,7 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments.sweep import lowest_of, read_table  # noqa: E402
+from experiments.sweep import SCHEDULE, lowest_of, read_table  # noqa: E402
 from prepare_data import Parser, run, write_atomic  # noqa: E402
 
 ASSETS = ROOT / "assets"
@@ -55,6 +55,7 @@ def readme_table(runs, text):
             means[family] = mean(losses(rows))
             cells.append(
                 f"{recipe[0]}, batch {recipe[1]}, {float(recipe[2]) * 1e3:g}e-3: "
+                + f"{recipe[5]}, " * (recipe[5] != SCHEDULE)
                 + "predictor, " * (family == "mod" and recipe[4] == "predictor")
                 + " ".join(f"{loss:.4f}" for loss in losses(rows)) * (len(rows) > 1)
                 + ", mean " * (len(rows) > 1)
