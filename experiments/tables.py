@@ -54,8 +54,9 @@ def readme_table(runs, text):
             rows = by_recipe[recipe]
             means[family] = mean(losses(rows))
             cells.append(
-                f"{recipe[0]}, batch {recipe[1]}, {float(recipe[2]) * 1e3:g}e-3: "
-                + f"{recipe[5]}, " * (recipe[5] != SCHEDULE)
+                f"{recipe[0]}, batch {recipe[1]}, {float(recipe[2]) * 1e3:g}e-3"
+                + f", {recipe[5]}" * (recipe[5] != SCHEDULE)
+                + ": "
                 + "predictor, " * (family == "mod" and recipe[4] == "predictor")
                 + " ".join(f"{loss:.4f}" for loss in losses(rows)) * (len(rows) > 1)
                 + ", mean " * (len(rows) > 1)
