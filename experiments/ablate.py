@@ -303,7 +303,7 @@ def main(argv):
     layers, width = parse_shape(args.shape)
 
     def out_of(name, seed):
-        recipe = f"{args.shape}-{args.batch_size}-{args.lr:g}-{args.routed_lr_scale:g}-{args.causal}"
+        recipe = f"{args.shape}-{args.batch_size}-{args.lr:g}-{SCHEDULE}-{args.routed_lr_scale:g}-{args.causal}"
         return ROOT / "out" / "ablate" / f"{name}-{recipe}-{args.budget:g}-{seed}"
 
     if args.one:

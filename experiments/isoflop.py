@@ -31,7 +31,7 @@ COLORS = {"dense": "#4477aa", "mod": "#cc3311", "random": "#999933"}
 
 def job(family, budget, shape, block_size, seed, batch_size, lr, routed_lr_scale, causal, data, sha256):
     layers, width = parse_shape(shape)
-    recipe = f"{batch_size}-{lr:g}-{routed_lr_scale:g}-{causal}"
+    recipe = f"{batch_size}-{lr:g}-{SCHEDULE}-{routed_lr_scale:g}-{causal}"
     out = ROOT / "out" / "isoflop" / f"{family}-{budget:g}-{shape}-{recipe}-{seed}"
     if block_size != PRESETS["cpu"]["block_size"]:
         out = out.with_name(f"{out.name}-{block_size}")
