@@ -342,7 +342,7 @@ def isoflop(args):
             curves = defaultdict(list)  # by width: parameters and loss of each shape
             for shape in sorted({key[2] for key in points}):
                 of = runs[best_key({key: of for key, of in points.items() if key[2] == shape})]
-                curves[shape.split("x")[1]].append((of[0]["params"], np.mean([run["loss"] for run in of])))
+                curves[parse_shape(shape)[1]].append((of[0]["params"], np.mean([run["loss"] for run in of])))
             for curve in curves.values():
                 left.plot(*zip(*sorted(curve), strict=True), marker="o", ms=4, color=COLORS[family])
             best = points[best_key(points)]

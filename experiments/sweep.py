@@ -9,11 +9,9 @@ import time
 from pathlib import Path
 from statistics import mean
 
+from prepare_data import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from prepare_data import UserError  # noqa: E402
-
 SCHEDULE = "linear"  # that of train.py; the tables' older rows had a cosine from the peak to a tenth of it
 
 
