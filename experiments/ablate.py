@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import mod  # noqa: E402
 import train  # noqa: E402
-from experiments.sweep import SCHEDULE, parse_shape, sweep  # noqa: E402
+from experiments.sweep import SCHEDULE, dense_half, parse_shape, sweep  # noqa: E402
 from prepare_data import Parser, run  # noqa: E402
 
 progress = 0.0  # of the run, 0 to 1: what the annealed variants follow
@@ -310,7 +310,7 @@ def main(argv):
         (name,), (seed,) = args.only, args.seeds
         flags, patch = VARIANTS[name]
         flags = {
-            "n_layer": layers - layers // 2 if "dense_half" in name else layers,
+            "n_layer": dense_half(layers) if "dense_half" in name else layers,
             "n_head": max(2, width // 32),
             "n_embd": width,
             "batch_size": args.batch_size,

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.isoflop import COLORS  # noqa: E402
 from experiments.router_stats import KINDS, kinds_of, load, look  # noqa: E402
-from experiments.sweep import SCHEDULE, lowest_of, parse_shape, read_log, read_table  # noqa: E402
+from experiments.sweep import SCHEDULE, dense_half, lowest_of, parse_shape, read_log, read_table  # noqa: E402
 from prepare_data import Parser, UserError, load_data, run  # noqa: E402
 from sample import compute_dial  # noqa: E402
 from train import dense_flops, load_checkpoint  # noqa: E402
@@ -387,7 +387,7 @@ def halves(args):
     points = defaultdict(list)
     for (family, budget, shape, batch, schedule), (loss, _, seeds) in lowest.items():
         layers, width = parse_shape(shape)
-        half = lowest.get(("dense", budget, f"{layers - layers // 2}x{width}", batch, schedule))
+        half = lowest.get(("dense", budget, f"{dense_half(layers)}x{width}", batch, schedule))
         if family == "mod" and half:
             point = half[1], 100 * (loss / half[0] - 1), min(seeds, half[2])
             points[width, budget, schedule].append((layers, *point))

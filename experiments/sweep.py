@@ -32,6 +32,11 @@ def parse_shape(shape):
     return layers, width
 
 
+def dense_half(layers):
+    """How many of that many blocks are left without the routed ones, if every other is routed."""
+    return layers - layers // 2
+
+
 def lowest_of(losses):
     """Of losses, a list over seeds for each key, the key with the lowest mean among those of the most seeds."""
     most = max(map(len, losses.values()))

@@ -8,7 +8,7 @@ seeds.
 """
 
 import sys
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from pathlib import Path
 from statistics import mean
 
@@ -24,7 +24,7 @@ TEXTS = {  # by the first digits of the text's SHA-256, and the context
     ("09399e66bd8f", "1024"): "stdlib, CPU, a context of 1,024",
     ("27c4952391d5", "256"): "packages, GPU",
 }
-RECIPE = ("shape", "batch_size", "lr", "routed_lr_scale", "causal", "schedule")
+Recipe = namedtuple("Recipe", "shape batch_size lr routed_lr_scale causal schedule")  # columns of isoflop.csv
 
 
 def recipes():
@@ -32,7 +32,8 @@ def recipes():
     runs = defaultdict(lambda: defaultdict(list))
     for row in read_table(ASSETS / "isoflop.csv"):
         text = row["data_sha256"], row["block_size"]
-        runs[text, float(row["budget"]), row["family"]][tuple(row[name] for name in RECIPE)].append(row)
+        recipe = Recipe(*(row[name] for name in Recipe._fields))
+        runs[text, float(row["budget"]), row["family"]][recipe].append(row)
     return runs
 
 
@@ -54,10 +55,10 @@ def readme_table(runs, text):
             rows = by_recipe[recipe]
             means[family] = mean(losses(rows))
             cells.append(
-                f"{recipe[0]}, batch {recipe[1]}, {float(recipe[2]) * 1e3:g}e-3"
-                + f", {recipe[5]}" * (recipe[5] != SCHEDULE)
+                f"{recipe.shape}, batch {recipe.batch_size}, {float(recipe.lr) * 1e3:g}e-3"
+                + f", {recipe.schedule}" * (recipe.schedule != SCHEDULE)
                 + ": "
-                + "predictor, " * (family == "mod" and recipe[4] == "predictor")
+                + "predictor, " * (family == "mod" and recipe.causal == "predictor")
                 + " ".join(f"{loss:.4f}" for loss in losses(rows)) * (len(rows) > 1)
                 + ", mean " * (len(rows) > 1)
                 + f"**{means[family]:.4f}**"
@@ -83,10 +84,10 @@ def every_recipe(runs):
             for family in ("dense", "mod", "random"):
                 by_recipe = runs.get((text, budget, family), {})
                 for recipe, rows in sorted(by_recipe.items(), key=lambda item: mean(losses(item[1]))):
-                    shape, batch, rate, routed, causal, schedule = recipe
                     cells = [
-                        *(family, shape, batch, f"{float(rate) * 1e3:g}", schedule),
-                        *(routed if family != "dense" else "", causal if family == "mod" else ""),
+                        *(family, recipe.shape, recipe.batch_size, f"{float(recipe.lr) * 1e3:g}", recipe.schedule),
+                        recipe.routed_lr_scale if family != "dense" else "",
+                        recipe.causal if family == "mod" else "",
                         *(f"{mean(losses(rows)):.4f}", " ".join(f"{loss:.4f}" for loss in losses(rows))),
                     ]
                     lines.append("| " + " | ".join(cells) + " |")
