@@ -24,15 +24,17 @@ Who is chosen is the only thing that differs between the two modes (attention is
             The loss under top-k has seen the future, though: whether a token is taken depends on later ones.
     causal  asks each token alone: is r > 0? The router learns to make that mean "top-k takes it" (section 3.5; or a
             small predictor learns it, the paper's other way). For sampling, and for an honest loss. A token that is
-            not taken costs a block no more than this question, and leaves nothing in its KV cache. (Only in a batch of
-            prompts are rows with fewer taken tokens padded, with work that is thrown away.)
+            not taken costs a block no more than this question, and leaves nothing in its KV cache. (Only in a batch
+            are rows with fewer taken tokens padded, with work that is thrown away.)
 
-Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary, L routed blocks,
-        k tokens of a row that a routed block takes, K in a suffix: idx_BK is (B, k). Causal: the most in any row, and
-        shorter rows are padded. Inside a routed block's Block, T is k; in attention and cache k are the keys.
-        With one new token: R rows of the batch whose token the block takes, S keys in the longest of them.
+Shapes: B batch (a row is one of its sequences), T time, C channels (n_embd), H heads, D head size (C / H),
+        V vocabulary, L routed blocks
+        k tokens that a routed block takes of each row (K in a suffix: idx_BK is (B, k)); in causal mode the most of any
+          row, and shorter rows are padded. Its Block and Attention call that T. (There, and in the cache, k are keys.)
+        R rows whose new token a block takes, S keys in the longest of these rows: in sampling only
 
-Read from top to bottom: config and FLOPs, norm and rotary, KV cache, attention, block, routed block, model.
+Read from top to bottom: config and FLOPs, norm and rotary, attention, block, routed block, KV cache, model. For
+training, RoutedBlock.forward is what matters; its step, and KVCache, are for sampling.
 """
 
 from dataclasses import dataclass
@@ -91,7 +93,8 @@ class MoDConfig:
         """Forward FLOPs per token of a T-token sequence, the mean over its positions; training counts as 3 times that.
 
         share is the part of the tokens that routed blocks take, k / T if None. A product of m x p by p x n
-        counts 2mpn; of causal attention the needed half is counted, T / 2 keys for the mean query.
+        counts 2mpn; of causal attention the needed half is counted, T / 2 keys for the mean query. Norms, rotary and
+        embed's convolution are left out.
         """
         C = self.n_embd
 
@@ -116,11 +119,11 @@ def norm(x):
 
 
 def rotary_table(block_size, head_size):
-    """Cosine and sine of position times frequency, (2, block_size, D); the sines of the first half are negated.
+    """Cosine and sine of position times frequency, (2, block_size, D); of the first half -sin, as rotate wants it.
 
     About a quarter of the pairs turn (arXiv:2204.06745); with the others a head finds content however far away it is.
     """
-    turning = max(1, head_size // 8)
+    turning = max(1, head_size // 8)  # pairs, of head_size // 2
     frequency = torch.zeros(head_size // 2)
     frequency[:turning] = 10000.0 ** -(torch.arange(turning) / turning)
     angle = torch.arange(block_size)[:, None] * frequency
@@ -132,61 +135,6 @@ def rotate(x, rope):
     """Turn the pairs (x_i, x_{i + D/2}) of x (B, heads, T, D) by their token's angle; rope (2, B or 1, 1, T, D)."""
     cos, sin = rope.to(x.dtype)
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
-
-
-# ---------------------------------------------------------------------------------------------------------
-# KV cache
-
-
-class KVCache:
-    """Keys and values of the tokens that one block has taken; beyond a row's length is padding, which is never seen.
-
-    In a routed block each row of the batch has its own length. The buffers double when the longest row
-    is full; a dense block's start at the full context and never grow.
-    """
-
-    def __init__(self, batch, n_head, size, head_size, like):
-        # Zeros, since memory as it comes may hold NaN, and a masked NaN is still NaN (0 * NaN).
-        self.k = like.new_zeros(batch, n_head, size, head_size)
-        self.v = torch.zeros_like(self.k)
-        self.length = [0] * batch  # on the host, where it costs no synchronisation to read
-
-    def reserve(self, size):
-        if size > self.k.size(2):
-            padding = (0, 0, 0, max(size, 2 * self.k.size(2)) - self.k.size(2))
-            self.k, self.v = F.pad(self.k, padding), F.pad(self.v, padding)
-
-    def fill(self, k, v, length):
-        """Store a prompt's keys and values (B, H, T, D), of which row b's first length[b] are real, and return them.
-
-        The next token overwrites the padding, or the row's length hides it.
-        """
-        self.reserve(k.size(2))
-        self.k[:, :, : k.size(2)], self.v[:, :, : k.size(2)] = k, v
-        self.length = list(length)
-        return k, v, None  # a prompt attends to itself alone, and is_causal masks it
-
-    def append(self, k, v, rows):
-        """Take one token (R, H, 1, D) for each of rows, ascending; return all these rows hold, (R, H, S, D), and a
-        mask (R, 1, 1, S) of what is real, None if all is."""
-        for row in rows:
-            self.length[row] += 1
-        length = [self.length[row] for row in rows]
-        S = max(length)
-        self.reserve(S)
-        if len(rows) == 1 or (len(rows) == len(self.length) and min(length) == S):
-            part = slice(rows[0], rows[-1] + 1)  # one row, or all of them, equally long (a dense block): no copy
-            self.k[part, :, S - 1 : S], self.v[part, :, S - 1 : S] = k, v
-            return self.k[part, :, :S], self.v[part, :, :S], None
-        idx_R, end_R = torch.tensor([rows, length], device=k.device)
-        self.k[idx_R, :, end_R - 1], self.v[idx_R, :, end_R - 1] = k[:, :, 0], v[:, :, 0]  # (R, H, D)
-        mask = torch.arange(S, device=k.device) < end_R[:, None]  # (R, S)
-        return self.k[idx_R, :, :S], self.v[idx_R, :, :S], mask[:, None, None]
-
-    @property
-    def bytes_used(self):
-        """Of the keys and values held; the buffers may be larger."""
-        return 2 * sum(self.length) * self.k[0, :, 0].numel() * self.k.element_size()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -224,7 +172,8 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, rope, remember=None):
-        """The change this block makes to x (B, T, C), the residual stream itself not included; rope as in rotate."""
+        """The change this block makes to x (B, T, C), the residual stream itself not included; rope as in rotate,
+        remember as in Attention."""
         attended = self.attention(norm(x), rope, remember)
         return attended + self.down(F.gelu(self.up(norm(x + attended)), approximate="tanh"))
 
@@ -238,7 +187,7 @@ class Route(NamedTuple):
 
     taken: torch.Tensor  # bool: went through the block
     r: torch.Tensor  # the router's output
-    logit: torch.Tensor  # the causal decision's: take if above the threshold. choice_loss teaches it to foresee taken
+    logit: torch.Tensor  # what causal mode compares with the threshold: r, or a predictor's output. See choice_loss
 
 
 class RoutedBlock(nn.Module):
@@ -253,7 +202,8 @@ class RoutedBlock(nn.Module):
             self.predictor = nn.Sequential(nn.Linear(C, C // 4), nn.GELU("tanh"), nn.Linear(C // 4, 1))
 
     def score(self, x):
-        """For each token of x (B, T, C), by itself: r (section 3.4) and the causal decision's logit, (B, T) each.
+        """For each token of x (B, T, C), by itself: r (section 3.4) and the causal decision's logit, (B, T) each (in
+        top-k mode the logit is for choice_loss only).
 
         In float32: bfloat16 makes ties and flips decisions. forward switches autocast off; for step, generate does it.
         """
@@ -269,12 +219,11 @@ class RoutedBlock(nn.Module):
         """The causal decision's logit (B, T). Section 3.5: r itself, or a predictor's; either taught by choice_loss."""
         if self.config.routing == "random":
             return torch.rand_like(r) - (1 - self.config.capacity)  # above 0 with probability capacity
-        # Detached, so that choice_loss trains the router or predictor, not the residual stream that it reads.
-        if self.predictor is not None:
-            return self.predictor(seen.detach()).squeeze(-1)
-        if not seen.requires_grad:
+        if self.predictor is None and not seen.requires_grad:
             return r
-        return self.router(seen.detach()).squeeze(-1)  # the values of r, another gradient
+        # Detached, so that choice_loss trains the router or predictor, not the residual stream that it reads. (From a
+        # router these are the values of r, with another gradient.)
+        return (self.predictor or self.router)(seen.detach()).squeeze(-1)
 
     def gate(self, r):
         # Multiplying the output by a function of r is how the router learns what to take: choosing has no gradient.
@@ -297,18 +246,19 @@ class RoutedBlock(nn.Module):
             idx_BK = self.rank(r).topk(self.config.k(T), dim=1).indices.sort(dim=1).values
             taken = torch.zeros_like(r, dtype=torch.bool).scatter(1, idx_BK, True)
         route = Route(taken, r, logit)
-        if idx_BK.size(1) == 0:
+        if idx_BK.size(1) == 0:  # causal only
             return x, route
 
         gate_BK = (self.gate(r) * taken).gather(1, idx_BK)  # 0 for the padding that causal has
         idx_BKC = idx_BK[..., None].expand(-1, -1, C)
         rope_taken = rope[:, idx_BK][:, :, None]  # (2, B, 1, k, D): the angles of the tokens' real positions
-        remember = partial(cache.fill, length=count) if cache is not None else None
+        remember = partial(cache.fill, length=count) if cache is not None else None  # causal, so there is a count
         delta_BKC = gate_BK[..., None] * self.block(x.gather(1, idx_BKC), rope_taken, remember)
         return x.scatter_add(1, idx_BKC, delta_BKC.to(x.dtype)), route
 
     def step(self, x, rope, threshold, cache):
-        """The causal choice for one new token a row, x (B, 1, C), rope (2, 1, D); rows that skip pay for score only."""
+        """forward for one new token a row (or a prompt of one): x (B, 1, C) -> new x, Route; rope (2, 1, D). Only the
+        rows that take theirs run the block."""
         r, logit = self.score(x)
         taken = logit > threshold
         route = Route(taken, r, logit)
@@ -316,8 +266,8 @@ class RoutedBlock(nn.Module):
         if not rows:
             return x, route
         idx_R = torch.tensor(rows, device=x.device)
-        delta = self.block(x[idx_R], rope[:, None, None], partial(cache.append, rows=rows))  # (R, 1, C)
-        delta = self.gate(r[idx_R])[..., None] * delta
+        remember = partial(cache.append, rows=rows)
+        delta = self.gate(r[idx_R])[..., None] * self.block(x[idx_R], rope[:, None, None], remember)  # (R, 1, C)
         return x.index_add(0, idx_R, delta.to(x.dtype)), route
 
 
@@ -329,6 +279,61 @@ def choice_loss(route):
     to learn.
     """
     return F.binary_cross_entropy_with_logits(route.logit, route.taken.float())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# KV cache
+
+
+class KVCache:
+    """Keys and values of the tokens that one block has taken; beyond a row's length is padding, which is never seen.
+
+    In a routed block each row of the batch has its own length. The buffers double when the longest row
+    is full; a dense block's start at the full context and never grow.
+    """
+
+    def __init__(self, batch, n_head, size, head_size, like):
+        # Zeros, since memory as it comes may hold NaN, and a masked NaN is still NaN (0 * NaN).
+        self.k = like.new_zeros(batch, n_head, size, head_size)
+        self.v = torch.zeros_like(self.k)
+        self.length = [0] * batch  # on the host, where it costs no synchronisation to read
+
+    def reserve(self, size):
+        if size > self.k.size(2):
+            padding = (0, 0, 0, max(size, 2 * self.k.size(2)) - self.k.size(2))
+            self.k, self.v = F.pad(self.k, padding), F.pad(self.v, padding)
+
+    def fill(self, k, v, length):
+        """Store a prompt's keys and values (B, H, T, D), of which row b's first length[b] are real, and return them.
+
+        The next token overwrites the padding, or the row's length hides it.
+        """
+        self.reserve(k.size(2))
+        self.k[:, :, : k.size(2)], self.v[:, :, : k.size(2)] = k, v
+        self.length = list(length)
+        return k, v, None  # a prompt attends to itself alone, and is_causal masks it
+
+    def append(self, k, v, rows):
+        """Store one new token's k and v (R, H, 1, D), one for each of rows (ascending). Return all keys and values of
+        these rows, (R, H, S, D) each, and a mask (R, 1, 1, S) of the real ones, or None if all are."""
+        for row in rows:
+            self.length[row] += 1
+        length = [self.length[row] for row in rows]  # with the new token, which is the last
+        S = max(length)
+        self.reserve(S)
+        if len(rows) == 1 or (len(rows) == len(self.length) and min(length) == S):
+            part = slice(rows[0], rows[-1] + 1)  # one row, or all of them, equally long (a dense block): no copy
+            self.k[part, :, S - 1 : S], self.v[part, :, S - 1 : S] = k, v
+            return self.k[part, :, :S], self.v[part, :, :S], None
+        idx_R, length_R = torch.tensor([rows, length], device=k.device)
+        self.k[idx_R, :, length_R - 1], self.v[idx_R, :, length_R - 1] = k[:, :, 0], v[:, :, 0]  # (R, H, D)
+        mask = torch.arange(S, device=k.device) < length_R[:, None]  # (R, S)
+        return self.k[idx_R, :, :S], self.v[idx_R, :, :S], mask[:, None, None]
+
+    @property
+    def bytes_used(self):
+        """Bytes of the keys and values held; the buffers may be larger."""
+        return 2 * sum(self.length) * self.k[0, :, 0].numel() * self.k.element_size()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -353,7 +358,7 @@ class MoD(nn.Module):
             else:
                 nn.init.normal_(p, std=p.size(-1) ** -0.5)
             if name.endswith(("qkv.weight", "up.weight", "head.weight")):
-                # Stored by columns: a CPU multiplies a lone token by such a matrix up to twice as fast.
+                # More outputs than inputs: stored by columns, a CPU multiplies a lone token by it up to twice as fast.
                 p.data = p.data.t().contiguous().t()
         self.mix.data[:, -1] = 1  # the embedding's own token; the three before it have weights of N(0, 1/4)
 
@@ -362,18 +367,18 @@ class MoD(nn.Module):
         all routed blocks, (L, B, T), or None if there are none. choice_loss is left to the training loop.
 
         Top-k routing, unless causal: then a token is taken if its logit exceeds threshold; the higher, the fewer.
-        With a cache (see new_cache; it implies causal, under no_grad and without targets) idx is the whole text so far,
-        (B, start + T), since embed looks back three tokens, but only the T from start on are run. start is how many the
-        cache holds: 0 if it is fresh (idx is the prompt), else all but the last (T = 1). Logits: the last token's only.
+        With a cache (from new_cache; under no_grad, without targets, and always causal) idx is the whole text so far,
+        (B, start + T), since embed looks back three tokens, but only its last T tokens are run: first the prompt, start
+        = 0; then one by one, T = 1 and start = how many were run before. Logits: the last token's only, (B, 1, V).
 
         Routers and predictors must be float32; all other weights may be bfloat16 (sample.py does it), and so is then
         what a cache holds. Autocast (bfloat16 in matrix products only) is for training, not with a cache.
         """
         causal = causal or bool(cache)  # top-k would need the future
-        x = self.embed(idx, start)
-        B, T, _ = x.shape
-        assert start == 0 or (cache and T == 1), "start > 0 needs a cache and exactly one new token"
+        B, T = idx.size(0), idx.size(1) - start
+        assert start == 0 or (cache and T == 1), "start > 0 needs a cache, and the text with exactly one new token"
         assert start + T <= self.config.block_size, "longer than block_size"
+        x = self.embed(idx, start)
         rope = self.rope[:, start : start + T]  # (2, T, D)
         routes = []
         for i, block in enumerate(self.blocks):
@@ -393,7 +398,7 @@ class MoD(nn.Module):
             x = x[:, -1:]
         logits = self.head(norm(x))
         loss = None if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        route = Route(*map(torch.stack, zip(*routes, strict=True))) if routes else None
+        route = Route(*(torch.stack(field) for field in zip(*routes, strict=True))) if routes else None
         return logits, loss, route
 
     def embed(self, idx, start=0):
@@ -415,9 +420,9 @@ class MoD(nn.Module):
     def generate(self, idx, num_tokens, temperature=1.0, top_k=None, top_p=None, threshold=0.0):
         """Continue the prompts idx (B, T), T >= 1, of which the last block_size tokens are used, through the KV cache.
 
-        Yields, num_tokens times: the new tokens (B, 1); the logits (B, V) they came from; the Route of the tokens
-        fed to get there: the prompt at first, then the last new token; the cache. When the context is full, its last
-        half is the prompt of a new cache, in Route, too. (top_k here is sampling's, not the router's.)
+        Yields, num_tokens times: the new tokens (B, 1); the logits (B, V) they came from; the Route (None if dense) of
+        the tokens fed to get there: the prompt at first, then the last new token; the cache. When the context is full,
+        its last half is the prompt of a new cache, in Route, too. (top_k here is sampling's, not the router's.)
         """
         size = self.config.block_size
         text = idx[:, -size:]

@@ -118,13 +118,14 @@ def draw(model, prompt, config, text):
         if i >= WARMUP:
             text.seconds += time.perf_counter() - start
             text.timed += 1
-        fed = []  # the waiting tokens, or, where the window slid, these after older ones
+        routes = []  # (3, L) for each token fed: the waiting ones, or, where the window slid, these after older ones
         if route is not None:
-            fed = list(torch.stack([x[:, 0].float() for x in route]).cpu().unbind(-1))
-            text.context = len(fed) if len(fed) > 1 else min(text.context + 1, model.config.block_size)
-        fed = [None] * (len(waiting) - len(fed)) + fed[-len(waiting) :]
-        for known, column in zip(waiting, fed, strict=True):
-            text.tokens.append(Token(*known, column))
+            routes = list(torch.stack([x[:, 0].float() for x in route]).cpu().unbind(-1))
+            text.context = len(routes) if len(routes) > 1 else text.context % model.config.block_size + 1
+        # A long prompt's beginning was never fed; what a slid window feeds once more is known.
+        routes = [None] * (len(waiting) - len(routes)) + routes[-len(waiting) :]
+        for known, of_token in zip(waiting, routes, strict=True):
+            text.tokens.append(Token(*known, of_token))
             yield text.tokens[-1]
         waiting = [(id, logits[0].float().softmax(dim=-1)[id].item())]
     text.tokens.append(Token(*waiting[0], None))
@@ -507,7 +508,9 @@ def html_page(model, tokenizer, texts, name):
             if token.route is not None:
                 taken, r, logit = token.route
                 depth = int(taken.sum())
-                blocks = torch.stack((logit.sigmoid(), gate(r), taken), dim=1).tolist()
+                random = model.config.routing == "random"  # its logit is noise
+                chance = torch.full_like(r, model.config.capacity) if random else logit.sigmoid()
+                blocks = torch.stack((chance, gate(r), taken), dim=1).tolist()
             piece = decoder.decode(tokenizer.decode_single_token_bytes(token.id))
             body.append(span(visible(piece), depth))
             data.append([token.id, token.probability, blocks])

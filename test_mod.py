@@ -46,7 +46,7 @@ import mod
 import prepare_data
 import train
 from mod import MoD, MoDConfig, RoutedBlock, choice_loss, sample
-from prepare_data import EOT, UserError, load_data, prepare
+from prepare_data import EOT, UserError, get_tokenizer, load_data, prepare
 from sample import (
     WAYS,
     DepthView,
@@ -56,6 +56,7 @@ from sample import (
     computing_all,
     dense_twin,
     draw,
+    html_page,
     to_bfloat16,
     visible,
 )
@@ -2112,6 +2113,14 @@ def test_each_token_has_the_route_it_had_when_it_was_first_fed(run_dir, prompt):
         close(text.tokens[after - 1].route[2], route.logit[:, 0, -1])
 
 
+@pytest.mark.parametrize("block_size", [1, 2, 3, 8])
+def test_the_context_reported_is_what_a_dense_block_has_cached(block_size):
+    """Also where the window slides, in the shortest contexts to a single token."""
+    model, text = redrawn(block_size=block_size).eval(), Text()
+    for _ in draw(model, [1, 2], SampleConfig(num_tokens=20), text):
+        assert [text.context] == text.cache[0].length
+
+
 def test_the_report_counts_what_was_skipped_and_cached(run_dir, capfdbinary):
     prompt, n = "abcdefg", 12
     _, said = sampled(run_dir, capfdbinary, "--prompt", prompt, "--num_tokens", str(n))
@@ -2178,6 +2187,14 @@ def test_the_page_escapes_what_the_model_says(run_dir, tmp_path, capfdbinary):
     assert text.count("<script") == 1 and "://" not in text and "src=" not in text
     spans = re.findall(r"<span class=[^>]*>(.*?)</span>", text.split("<pre>")[1])
     assert html.unescape("".join(spans)).startswith(prompt)
+
+
+def test_the_page_of_random_routing_gives_the_true_chance_of_being_taken():
+    model, text = redrawn(vocab_size=257, routing="random"), Text()
+    list(draw(model, [1, 2, 3], SampleConfig(num_tokens=3), text))
+    tokenizer = get_tokenizer("bytes")
+    blocks = json.loads(re.search(r"tokens = (.*?);", html_page(model, tokenizer, [text], "x"))[1])[0][2]
+    assert [chance for chance, *_ in blocks] == [SMALL["capacity"]] * 2
 
 
 def test_the_page_shows_a_tokens_route_when_it_is_pointed_at(run_dir, tmp_path, capfdbinary):

@@ -215,7 +215,7 @@ def evaluate(model, data, tokens, autocast):
             sums[way] += loss.item() * len(batch)
         if not dense:
             foreseen, taken = routes["val_topk"].logit > 0, routes["val_topk"].taken
-            counts = foreseen == taken, foreseen & taken, taken, routes["val_causal"].taken
+            counts = ((foreseen == taken), (foreseen & taken), taken, routes["val_causal"].taken)
             routing.append(torch.stack([count.sum((1, 2)) for count in counts]))
     if dense:  # one forward says it all
         sums = dict.fromkeys(ways, sums["val_topk"])
@@ -551,7 +551,7 @@ def train(config):
         if world > 1:
             dist.barrier()  # the others wait for the last evaluation: a process group must not end under it
         if step < steps:
-            mean_losses()
+            mean_losses()  # over the devices, and nothing is saved unless they are finite
             if main_process:
                 save_log()
             save()
