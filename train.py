@@ -33,9 +33,7 @@ from prepare_data import UserError, get_tokenizer, load_data, make_parser, optio
 # Sizes and rates that TrainConfig leaves None. cpu: minutes on two cores. gpu: as wide as nanoGPT's baby GPT.
 # (Wide routed blocks want a lower rate: AdamW's steps, unlike Muon's, grow with a matrix's width.)
 PRESETS = {
-    "cpu": dict(
-        n_layer=6, n_head=3, n_embd=96, block_size=256, batch_size=8, lr=5.6e-3, routed_lr_scale=0.25, steps=3000
-    ),
+    "cpu": dict(n_layer=6, n_head=3, n_embd=96, block_size=256, batch_size=8, lr=8e-3, routed_lr_scale=0.5, steps=3000),
     "gpu": dict(
         n_layer=12, n_head=12, n_embd=384, block_size=256, batch_size=32, lr=4e-3, routed_lr_scale=0.1, steps=5000
     ),
@@ -592,7 +590,7 @@ def summarize(config, result):
     device = model.embedding.weight.device
     prompt = torch.tensor([[tokenizer.eot_token]], device=device)
     torch.manual_seed(config.seed)
-    tokens = [token.item() for token, *_ in model.generate(prompt, 400, temperature=0.8)]
+    tokens = [token.item() for token, *_ in model.generate(prompt, 400)]
     print(tokenizer.decode(tokens, errors="replace"))
     print(f"more of it: python sample.py --out {config.out}", file=sys.stderr)
 

@@ -96,8 +96,9 @@ def main(argv):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--block_size", type=int, default=PRESETS["cpu"]["block_size"], help="context length")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences a step")
-    parser.add_argument("--lr", type=float, default=5.6e-3, help="a shorter run wants a higher one")
-    parser.add_argument("--routed_lr_scale", type=float, default=0.25, help="of MoD and random routing")
+    parser.add_argument("--lr", type=float, default=PRESETS["cpu"]["lr"], help="a shorter run wants a higher one")
+    scale = PRESETS["cpu"]["routed_lr_scale"]
+    parser.add_argument("--routed_lr_scale", type=float, default=scale, help="of MoD and random routing")
     parser.add_argument("--causal", choices=CHOICES["causal"], default="router", help="of MoD")
     parser.add_argument("--data", default=TrainConfig.data, help="folder that prepare_data.py wrote")
     parser.add_argument("--processes", type=int, default=2)

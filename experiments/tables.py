@@ -1,16 +1,18 @@
-"""The learning tables of README.md and assets/isoflop.md, from assets/isoflop.csv.
+"""The learning tables of experiments/README.md and assets/isoflop.md, from assets/isoflop.csv.
 
-    python experiments/tables.py          prints README's table and writes assets/isoflop.md: every recipe that was run
+    python experiments/tables.py          prints the first and writes the second: every recipe that was run
 
 A recipe is a shape, batch size, learning rate, its schedule, the part of it that routed blocks have, and who chooses
 without the future. A family's lowest at a budget is the recipe with the lowest mean loss among those with the most
-seeds.
+seeds. What stands in brackets after a difference of two families' means is its standard error; together: the budgets'
+differences, weighted by the inverse squares of these.
 """
 
 import sys
 from collections import defaultdict, namedtuple
+from math import inf, sqrt
 from pathlib import Path
-from statistics import mean
+from statistics import mean, variance
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -41,11 +43,29 @@ def losses(rows, which="val_causal"):
     return [float(row[which]) for row in sorted(rows, key=lambda row: int(row["seed"]))]
 
 
-def readme_table(runs, text):
+def difference(losses, others):
+    """The difference of two means and its standard error, in percent of the second; one seed says nothing of errors."""
+    of = [variance(some) / len(some) if len(some) > 1 else inf for some in (losses, others)]
+    percent = 100 / mean(others)
+    return percent * (mean(losses) - mean(others)), percent * sqrt(sum(of))
+
+
+def together(differences):
+    """Their mean, weighted by the inverse squares of their errors, and its error."""
+    weights = [1 / error**2 for _, error in differences]
+    return sum(w * d for w, (d, _) in zip(weights, differences, strict=True)) / sum(weights), 1 / sqrt(sum(weights))
+
+
+def cell_of(difference, error):
+    return f"{difference:+.1f} %" + f" ({error:.1f})" * (error < inf)
+
+
+def lowest_table(runs, text):
+    differences = defaultdict(list)
     lines = ["| training FLOPs | dense | MoD: causal (top-k) | random routing | MoD against dense | against random |",
              "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for budget in sorted({key[1] for key in runs if key[0] == text}):
-        cells, means = [f"{budget:.0e}".replace("+", "")], {}
+        cells, best = [f"{budget:.0e}".replace("+", "")], {}
         for family in ("dense", "mod", "random"):
             by_recipe = runs.get((text, budget, family))
             if not by_recipe:
@@ -53,21 +73,26 @@ def readme_table(runs, text):
                 continue
             recipe = lowest_of({recipe: losses(rows) for recipe, rows in by_recipe.items()})
             rows = by_recipe[recipe]
-            means[family] = mean(losses(rows))
+            best[family] = losses(rows)
             cells.append(
                 f"{recipe.shape}, batch {recipe.batch_size}, {float(recipe.lr) * 1e3:g}e-3"
                 + f", {recipe.schedule}" * (recipe.schedule != SCHEDULE)
                 + ": "
                 + "predictor, " * (family == "mod" and recipe.causal == "predictor")
-                + " ".join(f"{loss:.4f}" for loss in losses(rows)) * (len(rows) > 1)
+                + " ".join(f"{loss:.4f}" for loss in best[family]) * (len(rows) > 1)
                 + ", mean " * (len(rows) > 1)
-                + f"**{means[family]:.4f}**"
+                + f"**{mean(best[family]):.4f}**"
                 + (f" ({mean(losses(rows, 'val_topk')):.4f})" if family == "mod" else "")
             )
         for other in ("dense", "random"):
-            known = "mod" in means and other in means
-            cells.append(f"{100 * (means['mod'] / means[other] - 1):+.1f} %" if known else "")
+            known = "mod" in best and other in best
+            if known:
+                differences[other].append(difference(best["mod"], best[other]))
+            cells.append(cell_of(*differences[other][-1]) if known else "")
         lines.append("| " + " | ".join(cells) + " |")
+    if all(error < inf for _, error in differences["dense"] + differences["random"]):
+        cells = [cell_of(*together(differences[other])) for other in ("dense", "random")]
+        lines.append("| together | | | | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -97,7 +122,7 @@ def every_recipe(runs):
 def main(argv):
     Parser(description="The learning tables.").parse_args(argv)
     runs = recipes()
-    print("\n\n".join(readme_table(runs, text) for text in TEXTS))
+    print("\n\n".join(lowest_table(runs, text) for text in TEXTS))
     with write_atomic(ASSETS / "isoflop.md") as file:
         file.write(every_recipe(runs).encode())
 
