@@ -1,4 +1,4 @@
-"""The learning tables of experiments/README.md and assets/isoflop.md, from assets/isoflop.csv.
+"""The learning tables of README.md and assets/isoflop.md, from assets/isoflop.csv.
 
     python experiments/tables.py          prints the first and writes the second: every recipe that was run
 
