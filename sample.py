@@ -494,6 +494,7 @@ def html_page(model, tokenizer, texts, name):
     """A self-contained page (str): tokens shaded by depth, and what happened to one that is hovered or tapped."""
     layers = model.config.routed_layers
     gate = model.blocks[layers[0]].gate
+    random = model.config.routing == "random"  # its logits are noise
     body, data = [], []
 
     def span(text, depth):
@@ -508,7 +509,6 @@ def html_page(model, tokenizer, texts, name):
             if token.route is not None:
                 taken, r, logit = token.route
                 depth = int(taken.sum())
-                random = model.config.routing == "random"  # its logit is noise
                 chance = torch.full_like(r, model.config.capacity) if random else logit.sigmoid()
                 blocks = torch.stack((chance, gate(r), taken), dim=1).tolist()
             piece = decoder.decode(tokenizer.decode_single_token_bytes(token.id))

@@ -1,4 +1,4 @@
-"""Draws the README's figures into assets/, from trained runs and the tables beside them.
+"""Draws the READMEs' figures into assets/, from trained runs and the tables beside them.
 
     python experiments/figures.py                                   all, from out/mod, out/dense and out/random
     python experiments/figures.py --only routing_map --mod out/gpu --snippet "class "
@@ -430,7 +430,7 @@ NEEDS = {
 
 
 def main(argv):
-    parser = Parser(description="Draw the README's figures.")
+    parser = Parser(description="Draw the READMEs' figures.")
     for name, about in FAMILIES.items():
         parser.add_argument(f"--{name}", type=Path, default=ROOT / "out" / name, help=f"folder of {about}")
     parser.add_argument("--assets", type=Path, default=ROOT / "assets", help="tables and figures")

@@ -94,11 +94,13 @@ def main(argv):
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--shapes", nargs="+", help="LAYERSxWIDTH, or best (default: the sweep's list)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--block_size", type=int, default=PRESETS["cpu"]["block_size"], help="context length")
+    preset = PRESETS["cpu"]
+    parser.add_argument("--block_size", type=int, default=preset["block_size"], help="context length")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences a step")
-    parser.add_argument("--lr", type=float, default=PRESETS["cpu"]["lr"], help="a shorter run wants a higher one")
-    scale = PRESETS["cpu"]["routed_lr_scale"]
-    parser.add_argument("--routed_lr_scale", type=float, default=scale, help="of MoD and random routing")
+    parser.add_argument("--lr", type=float, default=preset["lr"], help="a shorter run wants a higher one")
+    parser.add_argument(
+        "--routed_lr_scale", type=float, default=preset["routed_lr_scale"], help="of MoD and random routing"
+    )
     parser.add_argument("--causal", choices=CHOICES["causal"], default="router", help="of MoD")
     parser.add_argument("--data", default=TrainConfig.data, help="folder that prepare_data.py wrote")
     parser.add_argument("--processes", type=int, default=2)

@@ -90,8 +90,9 @@ def lowest_table(runs, text):
                 differences[other].append(difference(best["mod"], best[other]))
             cells.append(cell_of(*differences[other][-1]) if known else "")
         lines.append("| " + " | ".join(cells) + " |")
-    if all(error < inf for _, error in differences["dense"] + differences["random"]):
-        cells = [cell_of(*together(differences[other])) for other in ("dense", "random")]
+    known = [[pair for pair in differences[other] if pair[1] < inf] for other in ("dense", "random")]
+    if any(known):
+        cells = [cell_of(*together(pairs)) if pairs else "" for pairs in known]
         lines.append("| together | | | | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
