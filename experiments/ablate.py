@@ -10,6 +10,7 @@ is patched in here, so that mod.py and train.py stay what they are.
 import math
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -150,6 +151,20 @@ def into_body():
     mod.RoutedBlock.decide = lambda block, seen, r: r
 
 
+def annealed(end):
+    """Routed blocks take all tokens at first, then fewer, from progress end on their capacity. (A budget counts it.)"""
+    flops_per_token = mod.MoDConfig.flops_per_token
+
+    def share(config, progress):
+        return config.capacity + (1 - config.capacity) * max(0.0, 1 - progress / end)
+
+    def mean_flops(config, T):
+        return fmean(flops_per_token(config, T, share(config, i / 1000)) for i in range(1000))
+
+    mod.MoDConfig.k = lambda config, T: max(1, round(share(config, progress) * T))
+    mod.MoDConfig.flops_per_token = mean_flops
+
+
 def each_forward(call):
     """call(idx) before each forward of the model."""
     forward = mod.MoD.forward
@@ -281,7 +296,9 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has only the unrouted
     "capacity_0.999": ({"capacity": 0.999}, None),  # every token is taken, but the gate is still there
     "muon_capacity_0.5": ({"capacity": 0.5}, muon_for_all),
     "muon_capacity_0.999": ({"capacity": 0.999}, muon_for_all),
+    "annealed_40": ({}, lambda: annealed(0.4)),
     "route_every_3": ({"route_every": 3}, None),
+    "as_in_paper": ({"gate": "raw", "router_lr_scale": 1}, raw_input),  # its router, with --causal predictor
 }
 
 
