@@ -30,9 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 from mod import CHOICES, Block, MoD, MoDConfig, choice_loss
 from prepare_data import UserError, get_tokenizer, load_data, make_parser, option, prepare, run, write_atomic
 
-# Sizes and rates that TrainConfig leaves None. cpu: minutes on two cores. gpu: as wide as nanoGPT's baby GPT, four times
-# through the default text.
-# (Wide routed blocks want a lower rate: AdamW's steps, unlike Muon's, grow with a matrix's width.)
+# Sizes and rates that TrainConfig leaves None. cpu: minutes on two cores. gpu: as wide as nanoGPT's baby GPT, and four
+# times through the default text. (Wide routed blocks want a lower rate: AdamW's steps, unlike Muon's, grow with a
+# matrix's width.)
 PRESETS = {
     "cpu": dict(n_layer=6, n_head=3, n_embd=96, block_size=256, batch_size=8, lr=8e-3, routed_lr_scale=0.5, steps=3000),
     "gpu": dict(

@@ -308,7 +308,7 @@ def main(argv):
     parser.add_argument("--shape", default="4x96", help="LAYERSxWIDTH")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1.13e-2)
-    parser.add_argument("--routed_lr_scale", type=float, default=0.25)
+    parser.add_argument("--routed_lr_scale", type=float, default=0.5)
     parser.add_argument("--causal", choices=mod.CHOICES["causal"], default="router")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")

@@ -282,15 +282,15 @@ def bench(args):
 
 
 def ablations(args):
-    """Causal loss of each variant at the budget, shape and schedule that most have a run of: a dot per seed, and the
-    mean."""
-    settings = defaultdict(lambda: defaultdict(list))
+    """Causal loss of each variant of the recipe that has most variants: a dot per seed, and the mean."""
+    recipes = defaultdict(lambda: defaultdict(list))
     for row in read_table(args.assets / "ablations.csv"):
         name = row["variant"] + ", predictor" * (row["causal"] == "predictor")
-        name += f", batch {row['batch_size']}, rate {row['lr']}"
-        settings[row["budget"], row["shape"], row["schedule"]][name].append(float(row["val_causal"]))
-    most = budget, shape, schedule = max(settings, key=lambda setting: len(settings[setting]))
-    variants = sorted(settings[most].items(), key=lambda item: -np.mean(item[1]))
+        recipe = tuple(row[column] for column in ("budget", "shape", "batch_size", "lr", "routed_lr_scale", "schedule"))
+        recipes[recipe][name].append(float(row["val_causal"]))
+    most = max(recipes, key=lambda recipe: len(recipes[recipe]))
+    budget, shape, batch_size, lr, routed, schedule = most
+    variants = sorted(recipes[most].items(), key=lambda item: -np.mean(item[1]))
     figure, axis = plt.subplots(figsize=(8, 1.1 + 0.26 * len(variants)))
     for i, (name, losses) in enumerate(variants):
         color = COLORS["dense" if "dense" in name else "random" if name.startswith("random") else "mod"]
@@ -298,7 +298,10 @@ def ablations(args):
         axis.plot(np.mean(losses), i, "|", color=color, ms=14, mew=2.5)
     axis.set_yticks(range(len(variants)), [f"{name} ({len(losses)})" for name, losses in variants])
     axis.set_xlabel("causal validation loss (nats per token): a dot per seed, a bar at the mean")
-    axis.set_title(f"Variants (seeds) of MoD {shape} at {label(float(budget))} training FLOPs, {schedule} schedule")
+    axis.set_title(
+        f"Variants (seeds) of MoD {shape} at {label(float(budget))} training FLOPs: batch {batch_size}, rate {lr},\n"
+        f"routed blocks at {routed} of it, {schedule} schedule"
+    )
     axis.set_ylim(-0.6, len(variants) - 0.4)
     axis.grid(axis="y", color=PALE)
     return figure
