@@ -16,6 +16,7 @@ import hashlib
 import html
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -40,6 +41,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 import mod
@@ -1683,6 +1685,44 @@ def test_the_body_does_not_feel_the_choice_loss(run_train, tmp_path, monkeypatch
     assert all(torch.equal(a[name], b[name]) for name in a if learns not in name)
 
 
+def test_gradients_are_clipped(run_train, monkeypatch):
+    """However large they were: body and routers have a norm of 1 each when the optimizers step."""
+    forward, squares = MoD.forward, []
+
+    def large(model, *args, **options):
+        logits, loss, route = forward(model, *args, **options)
+        return logits, loss if loss is None else 1e4 * loss, route
+
+    def look(optimizer, *_):
+        for group in optimizer.param_groups:
+            of = "routers" if group["scale"] == 0.1 else "body"
+            squares.append((of, sum(p.grad.square().sum().item() for p in group["params"])))
+
+    monkeypatch.setattr(MoD, "forward", large)
+    monkeypatch.setattr(train, "choice_loss", lambda route: 1e4 * choice_loss(route))
+    hook = register_optimizer_step_pre_hook(look)
+    try:
+        run_train("--steps=1", "--router_lr_scale=0.1", "--routed_lr_scale=1")
+    finally:
+        hook.remove()
+    for of in ("body", "routers"):
+        assert sum(square for whose, square in squares if whose == of) == pytest.approx(1, rel=1e-3)
+
+
+def test_random_routing_draws_anew_for_each_step(run_train, monkeypatch):
+    forward, taken = MoD.forward, []
+
+    def record(model, *args, **options):
+        result = forward(model, *args, **options)
+        if model.training:
+            taken.append(result[2].taken)
+        return result
+
+    monkeypatch.setattr(MoD, "forward", record)
+    run_train("--steps=3", "--routing=random")
+    assert len(taken) == 3 and not any(torch.equal(a, b) for a, b in itertools.combinations(taken, 2))
+
+
 def test_accumulation_changes_nothing(run_train, tmp_path):
     """But rounding, which Muon makes visible after some steps."""
     whole = run_train("--steps=2", name="whole")[-1]
@@ -1714,6 +1754,7 @@ def test_optimizers_and_schedule():
     scale = {id(p): group["scale"] for group in groups for p in group["params"]}
     routed = routed_blocks(model)
     assert {scale[id(block.router.weight)] for block in routed} == {0.1}
+    assert adamw.param_groups[-1]["params"][0] is routed[0].router.weight and not adamw.param_groups[-1]["weight_decay"]
     inside = [p for block in routed for p in block.block.parameters()]
     assert {scale[id(p)] for p in inside} == {0.5}
     for p in [*inside, *(block.router.weight for block in routed)]:
