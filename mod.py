@@ -450,7 +450,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
     if top_p is not None:  # the smallest set of likeliest tokens that holds top_p of the probability
         ordered, order = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(dim=-1)
-        drop = p.cumsum(dim=-1) - p >= top_p
+        drop = p.cumsum(dim=-1) - p >= max(top_p, 1e-30)  # never the first, however small top_p is
         drop = torch.empty_like(drop).scatter(1, order, drop)  # back in the vocabulary's order
         logits = logits.masked_fill(drop, -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1)

@@ -318,9 +318,10 @@ def prepare(dataset="stdlib", inputs=None, tokenizer="bytes", out=None):
         write_atomic(out / "val.bin") as val_file,
         write_atomic(out / "train.bin") as train_file,
     ):
-        train_file.write(train)
-        val_file.write(val)
-        meta_file.write(json.dumps(meta, indent=2).encode() + b"\n")
+        whole = json.dumps(meta, indent=2).encode() + b"\n"
+        for file, content in ((train_file, train), (val_file, val), (meta_file, whole)):
+            file.write(content)
+            file.flush()
     print(
         f"{dataset}: {meta['size']:,} bytes, SHA-256 {meta['sha256'][:12]}: {len(train):,} training and "
         f"{len(val):,} validation tokens ({tokenizer}) in {out} after {time.perf_counter() - start:.1f} s",

@@ -471,6 +471,8 @@ def main(argv):
         raise UserError(f"{config.out} has no routed block; --show_depth, --html and --bench need one")
     prompt = read_prompt(config.prompt, tokenizer)
     if config.bench:
+        if model.config.block_size < 8:
+            raise UserError(f"{config.out} has a context of {model.config.block_size} tokens; --bench needs 8 or more")
         val_data = load_data(checkpoint["train"]["data"], checkpoint["meta"])[1]
         return bench_checkpoint(model, prompt, config, val_data)
 

@@ -982,6 +982,7 @@ PROBABILITIES = [0.125, 0.5, 0.125, 0.25]  # not in order, and with a tie
         (dict(top_k=3), [1 / 8, 1 / 2, 1 / 8, 1 / 4]),  # a tie for the third place: both are in
         (dict(top_k=99), [1 / 8, 1 / 2, 1 / 8, 1 / 4]),
         (dict(top_p=1e-6), [0, 1, 0, 0]),  # never fewer than one
+        (dict(top_p=1e-50), [0, 1, 0, 0]),  # which is 0 in float32
         (dict(top_p=0.4), [0, 1, 0, 0]),
         (dict(top_p=0.6), [0, 2 / 3, 0, 1 / 3]),
         (dict(top_p=0.95), [1 / 8, 1 / 2, 1 / 8, 1 / 4]),
@@ -1343,10 +1344,12 @@ def test_full_disk_leaves_the_old_data_whole(text_file, tmp_path, monkeypatch):
     before = folder(out)
     text_file.write_bytes(TEXT.upper())
 
-    def full(*args, **kwargs):
+    def replace(temporary, path):  # when the first takes its place, all are whole
+        sizes = {p.name.split(".")[0]: p.stat().st_size for p in out.glob("*.tmp")}
+        assert sizes["meta"] > 100 and sizes["val"] == len(before["val.bin"])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(json, "dumps", full)  # when the last of the three, meta.json, is to be written
+    monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(OSError):
         prepare(inputs=[text_file], out=out)
     assert folder(out) == before
@@ -1640,6 +1643,30 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run_train, tmp_path, monkeypa
     for x, y in zip(a["optimizers"], b["optimizers"], strict=True):
         for p, q in zip(x["state"].values(), y["state"].values(), strict=True):
             assert same_parameters(p, q)
+
+
+def test_bits_per_byte_count_the_bytes_of_a_token():
+    result = {"step": 1, "loss": 1.0, "val_causal": 3 * math.log(2), "timing": {"seconds": 1, "tokens_per_second": 1}}
+    assert "(3.000 bits per byte)" in train.report(result, 2, 1) and "(0.750 bits" in train.report(result, 2, 4)
+
+
+def test_an_evaluation_can_be_repeated(run_train, tmp_path):
+    """Under random routing, too, which draws noise."""
+    run_train("--steps=2", "--routing=random")
+    model, checkpoint = train.load_checkpoint(tmp_path / "run", "cpu")
+    model.blocks[1].block.down.weight.data.normal_()  # or the choice makes no difference
+    val = load_data(checkpoint["train"]["data"])[1]
+    a, b = (train.evaluate(model.eval(), val, 2000, contextlib.nullcontext) for _ in range(2))
+    assert a == b and a["val_topk"] != a["val_skip"]
+
+
+def test_out_of_memory_says_what_to_do(run_train, monkeypatch):
+    def forward(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+    monkeypatch.setattr(MoD, "forward", forward)
+    with pytest.raises(UserError, match="allocate 2.00 GiB.*--batch_size.*--accumulate"):
+        run_train("--steps=2")
 
 
 def test_losses_do_not_depend_on_how_often_one_evaluates(run_train, tmp_path):
@@ -1955,18 +1982,19 @@ def test_the_log_of_a_run_that_was_prolonged_says_how_long_it_is(run_train, tmp_
     assert header["steps"] == 4 and [entry["step"] for entry in entries] == ([3, 4] if lost else [1, 2, 3, 4])
 
 
-def test_a_run_goes_on_when_nobody_reads_along(run_train, tmp_path, monkeypatch):
-    """python train.py 2>&1 | head"""
+@pytest.mark.parametrize("error", [BrokenPipeError, OSError(errno.EIO, "Input/output error")])
+def test_a_run_goes_on_when_nobody_reads_along(run_train, tmp_path, monkeypatch, error):
+    """python train.py 2>&1 | head; or the terminal was closed."""
 
     class Gone:
         def write(self, text):
-            raise BrokenPipeError
+            raise error
 
         def flush(self):
             pass
 
     monkeypatch.setattr(sys, "stderr", Gone())
-    with contextlib.suppress(BrokenPipeError):  # of the text that it prints when all is saved
+    with contextlib.suppress(OSError):  # of the text that it prints when all is saved
         run_train("--steps=2")
     assert load(tmp_path / "run")["step"] == 2
 
@@ -2503,7 +2531,7 @@ def test_a_run_killed_at_any_moment_goes_on_and_ends_the_same(run_train, small_d
 
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(run_train, tmp_path, monkeypatch, capfd):
     run_train("--steps=4")
-    before = (tmp_path / "run/ckpt.pt").read_bytes()
+    before = folder(tmp_path / "run")
     real_fsync = os.fsync
 
     def full(descriptor):
@@ -2516,8 +2544,7 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(run_train, tmp_path, mo
     with pytest.raises(SystemExit, match="2"):
         prepare_data.run(train.main)
     assert capfd.readouterr().err.splitlines()[-1] == "error: [Errno 28] No space left on device"
-    assert (tmp_path / "run/ckpt.pt").read_bytes() == before
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["ckpt.pt", "log.jsonl"]
+    assert folder(tmp_path / "run") == before and set(before) == {"ckpt.pt", "log.jsonl"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -270,7 +270,7 @@ def read_log(out, step):
     try:
         entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [entry for entry in entries if entry.get("step", math.inf) <= step]  # the first line has none
-    except (AttributeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); move it away to go on with a new log") from error
 
 
@@ -426,7 +426,7 @@ def train(config):
 
     def say(text):
         if main_process:
-            with suppress(BrokenPipeError):  # who reads along may leave; the run goes on
+            with suppress(OSError):  # who reads along may leave, or close the terminal; the run goes on
                 print(text, file=sys.stderr, flush=True)
 
     def any_rank(flag):
@@ -468,12 +468,14 @@ def train(config):
         }
         whole = io.BytesIO()  # written straight to a full disk, torch.save would hide the OSError that says so
         torch.save(checkpoint, whole)
+        # The log takes its place first (what it has too much, a resumed run leaves out), but not before the checkpoint
+        # is on the disk.
         with write_atomic(out / "ckpt.pt") as file:
             file.write(whole.getbuffer())
-
-    def save_log():  # before the checkpoint: what a log has too much, a resumed run leaves out
-        with write_atomic(out / "log.jsonl") as file:
-            file.write("".join(json.dumps(entry) + "\n" for entry in log).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            with write_atomic(out / "log.jsonl") as log_file:
+                log_file.write("".join(json.dumps(entry) + "\n" for entry in log).encode())
 
     n_params = sum(p.numel() for p in model.parameters())
     relative = model_config.flops_per_token(config.block_size) / dense_flops(model_config, config.block_size)
@@ -543,7 +545,6 @@ def train(config):
                 speed = timed_tokens / seconds
                 result["timing"] = {"tokens_per_second": speed, "seconds": elapsed}
                 log.append(result)
-                save_log()
                 save()
                 say(report(result, steps, meta["bytes_per_val_token"]))
             tick, timed_tokens = time.perf_counter(), 0
@@ -551,8 +552,6 @@ def train(config):
             dist.barrier()  # the others wait for the last evaluation: a process group must not end under it
         if step < steps:
             mean_losses()  # over the devices, and nothing is saved unless they are finite
-            if main_process:
-                save_log()
             save()
             say(f"stopped at step {step}, saved; go on with `python train.py --resume --out {out}`")
             return None
@@ -603,7 +602,12 @@ def main(argv):
     config = resumed(given, out) if given.get("resume") else TrainConfig(**given)
     if config.data == TrainConfig.data and not (Path(config.data) / "meta.json").exists():  # it is written last
         prepare()
-    result = train(config)
+    try:
+        result = train(config)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory ({str(error).splitlines()[0]}); take a smaller --batch_size, or --accumulate 2 or more"
+        ) from error
     if result and int(os.environ.get("RANK", 0)) == 0:
         summarize(config, result)
 

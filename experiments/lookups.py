@@ -26,7 +26,10 @@ SHAPE = dict(
 
 def main(argv):
     parser = Parser(description="Routers in a language in which one token in eight has something to work out.")
-    parser.add_argument("--variant", choices=VARIANTS, default="base", metavar="VARIANT")
+    routed = [
+        name for name, (flags, _) in VARIANTS.items() if flags.get("capacity") != 1 and "route_every" not in flags
+    ]
+    parser.add_argument("--variant", choices=routed, default="base", metavar="VARIANT")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000)
     args = parser.parse_args(argv)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -57,6 +58,9 @@ def sweep(jobs, table, row_of, processes):
     row from the lines of its log.jsonl. One thread a process.
     """
     done = [{k: row[k] for k in jobs[0]["key"]} for row in read_table(table)]
+    if processes < 1:
+        raise UserError(f"--processes {processes} must be at least 1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the finally below: no run stays behind
     waiting = [job for job in jobs if {k: str(v) for k, v in job["key"].items()} not in done]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are in {table}; {len(waiting)} to go", flush=True)
     running = []
