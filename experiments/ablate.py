@@ -278,6 +278,7 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has only the unrouted
     "total_gain_0.25": ({}, lambda: total_gain(0.25)),
     "straight_through": ({}, straight_through),
     "small_router_0.1": ({}, lambda: small_router(0.1)),
+    "together": ({}, lambda: (straight_through(), noise_until(0.3), one_router())),  # of each one's best
     "raw_gate": ({"gate": "raw"}, None),
     "raw_input": ({}, raw_input),
     "into_body": ({}, into_body),
