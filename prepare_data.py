@@ -22,7 +22,7 @@ import types
 import typing
 import urllib.request
 import zlib
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import field, fields
 from http.client import HTTPException
 from pathlib import Path
@@ -133,6 +133,16 @@ def write_atomic(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_together(contents):
+    """Write files, {path: bytes}. None takes its place before all are on the disk; then they do in their order."""
+    with ExitStack() as stack:  # it ends in reverse order
+        for path, content in reversed(contents.items()):
+            file = stack.enter_context(write_atomic(path))
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -312,16 +322,8 @@ def prepare(dataset="stdlib", inputs=None, tokenizer="bytes", out=None):
     }
     if dataset == "stdlib":
         meta["python"] = platform.python_version()
-    # All are written before any takes its place; "with" ends in reverse order, so meta.json takes its last.
-    with (
-        write_atomic(out / "meta.json") as meta_file,
-        write_atomic(out / "val.bin") as val_file,
-        write_atomic(out / "train.bin") as train_file,
-    ):
-        whole = json.dumps(meta, indent=2).encode() + b"\n"
-        for file, content in ((train_file, train), (val_file, val), (meta_file, whole)):
-            file.write(content)
-            file.flush()
+    meta_json = json.dumps(meta, indent=2).encode() + b"\n"
+    write_together({out / "train.bin": train, out / "val.bin": val, out / "meta.json": meta_json})
     print(
         f"{dataset}: {meta['size']:,} bytes, SHA-256 {meta['sha256'][:12]}: {len(train):,} training and "
         f"{len(val):,} validation tokens ({tokenizer}) in {out} after {time.perf_counter() - start:.1f} s",

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mod import CHOICES, Block, MoD, MoDConfig, choice_loss
-from prepare_data import UserError, get_tokenizer, load_data, make_parser, option, prepare, run, write_atomic
+from prepare_data import UserError, get_tokenizer, load_data, make_parser, option, prepare, run, write_together
 
 # Sizes and rates that TrainConfig leaves None. cpu: minutes on two cores. gpu: as wide as nanoGPT's baby GPT, and four
 # times through the default text. (Wide routed blocks want a lower rate: AdamW's steps, unlike Muon's, grow with a
@@ -468,14 +468,9 @@ def train(config):
         }
         whole = io.BytesIO()  # written straight to a full disk, torch.save would hide the OSError that says so
         torch.save(checkpoint, whole)
-        # The log takes its place first (what it has too much, a resumed run leaves out), but not before the checkpoint
-        # is on the disk.
-        with write_atomic(out / "ckpt.pt") as file:
-            file.write(whole.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-            with write_atomic(out / "log.jsonl") as log_file:
-                log_file.write("".join(json.dumps(entry) + "\n" for entry in log).encode())
+        lines = "".join(json.dumps(entry) + "\n" for entry in log).encode()
+        # The log first: what it has too much, a resumed run leaves out.
+        write_together({out / "log.jsonl": lines, out / "ckpt.pt": whole.getbuffer()})
 
     n_params = sum(p.numel() for p in model.parameters())
     relative = model_config.flops_per_token(config.block_size) / dense_flops(model_config, config.block_size)

@@ -57,10 +57,10 @@ def sweep(jobs, table, row_of, processes):
     Each command is a train.py run into job["out"], resumed if it had been stopped. row_of(job, log) makes the
     row from the lines of its log.jsonl. One thread a process.
     """
-    done = [{k: row[k] for k in jobs[0]["key"]} for row in read_table(table)]
     if processes < 1:
         raise UserError(f"--processes {processes} must be at least 1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the finally below: no run stays behind
+    done = [{k: row[k] for k in jobs[0]["key"]} for row in read_table(table)]
     waiting = [job for job in jobs if {k: str(v) for k, v in job["key"].items()} not in done]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are in {table}; {len(waiting)} to go", flush=True)
     running = []
