@@ -42,6 +42,18 @@ def random_model(config, device):
     return model
 
 
+def check_sizes(args):
+    """Raise UserError for numbers that nothing can be measured with."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) is int and number < 1:
+                raise UserError(f"--{name} {number} must be at least 1")
+            if name == "n_embd" and number % 64:
+                raise UserError(f"--n_embd {number} must be a multiple of 64, the size of a head")
+            if name == "context" and number < args.num_tokens + 9:
+                raise UserError(f"--context {number} must be at least --num_tokens + 9, since a prompt comes first")
+
+
 def key_of(row):
     return row["device"], row["dtype"], row["n_layer"], row["n_embd"], row["context"], row["batch"]
 
@@ -58,6 +70,7 @@ def main(argv):
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "bench.json")
     args = parser.parse_args(argv)
+    check_sizes(args)
     device = pick_device(args.device)
     rows = {}
     if args.out.exists():

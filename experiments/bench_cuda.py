@@ -20,7 +20,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments.bench import THRESHOLD, random_model  # noqa: E402
+from experiments.bench import THRESHOLD, check_sizes, random_model  # noqa: E402
 from mod import MoDConfig, RoutedBlock, norm  # noqa: E402
 from prepare_data import Parser, UserError, run, write_atomic  # noqa: E402
 from sample import bench, dense_twin, device_name, time_steps, to_bfloat16  # noqa: E402
@@ -211,6 +211,7 @@ def main(argv):
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "bench_cuda.json")
     args = parser.parse_args(argv)
+    check_sizes(args)
     device = pick_device("cuda")
     rows = []
     print(f"{device_name(device)}, torch {torch.__version__}, bfloat16, batch 1, context {args.context}: tokens/s")

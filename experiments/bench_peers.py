@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments.bench import THRESHOLD, random_model  # noqa: E402
+from experiments.bench import THRESHOLD, check_sizes, random_model  # noqa: E402
 from mod import MoDConfig  # noqa: E402
 from prepare_data import Parser, UserError, run, write_atomic  # noqa: E402
 from sample import WARMUP, dense_twin, device_name, generate_without_cache, time_steps  # noqa: E402
@@ -51,6 +51,7 @@ def main(argv):
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device")
     args = parser.parse_args(argv)
+    check_sizes(args)
     if transformers is None:
         raise UserError("this needs the package transformers: pip install transformers")
     device = pick_device(args.device)

@@ -18,6 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from experiments.bench import check_sizes  # noqa: E402
 from mod import MoD, MoDConfig, choice_loss  # noqa: E402
 from prepare_data import Parser, run, write_atomic  # noqa: E402
 from sample import device_name, synchronize  # noqa: E402
@@ -60,6 +61,7 @@ def main(argv):
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "step_time.json")
     args = parser.parse_args(argv)
+    check_sizes(args)
     device = pick_device(args.device)
     rows = []
     for n_embd in args.n_embd:
