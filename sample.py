@@ -20,6 +20,7 @@ import os
 import statistics
 import sys
 import time
+import unicodedata
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,6 +193,11 @@ def visible(text):
     return "".join(map(picture, text)) or "·"
 
 
+def columns(text):
+    """How many columns of a terminal text takes up: East Asian characters are two wide, combining ones add none."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "FW") for c in text)
+
+
 class DepthView:
     """Prints tokens shaded by how many of n_routed blocks processed them, or without color with marks beneath."""
 
@@ -221,7 +227,7 @@ class DepthView:
             if self.color:  # off before the newline, or a terminal may paint the rest of the line
                 sys.stdout.write(self.shade(text, depth) + line[len(text) :])
                 continue
-            self.text, self.marks = self.text + text, self.marks + self.mark(depth).ljust(len(text))
+            self.text, self.marks = self.text + text, self.marks + self.mark(depth).ljust(columns(text))
             if text != line or len(self.text) >= 80:
                 self.end()
 

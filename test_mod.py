@@ -2227,6 +2227,13 @@ def test_show_depth_writes_marks_beneath_where_there_is_no_terminal(run_dir, cap
     assert "of 2 routed blocks" in said.decode() and b"\033" not in out + said
 
 
+def test_show_depth_keeps_marks_beneath_wide_characters(capsys):
+    view = DepthView(2, color=False)
+    for piece, depth in (("漢字", 1), ("a", 2), ("e\u0301", 1), ("b\n", 0)):
+        view.show(piece, depth)
+    assert capsys.readouterr().out == "漢字ae\u0301b↵\n1   210 \n"
+
+
 def test_show_depth_shades_where_there_is_a_terminal(run_dir, capfdbinary, monkeypatch):
     flags = ("--prompt", "abc\nd", "--num_tokens", "1", "--show_depth")
     monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
