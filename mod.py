@@ -92,7 +92,7 @@ class MoDConfig:
     def flops_per_token(self, T, share=None):
         """Forward FLOPs per token of a T-token sequence, the mean over its positions; training counts as 3 times that.
 
-        share is the part of the tokens that routed blocks take, k / T if None. A product of m x p by p x n
+        share is the part of the tokens that every routed block takes, k / T if None. A product of m x p by p x n
         counts 2mpn; of causal attention the needed half is counted, T / 2 keys for the mean query. Norms, rotary and
         embed's convolution are left out.
         """
@@ -355,7 +355,7 @@ class MoD(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith(("out.weight", "down.weight", "head.weight", "bias")):
                 nn.init.zeros_(p)  # every block starts as the identity, every token as likely as another
-            else:
+            elif p.dim() > 1:  # a gain, should you add one, stays as it was made
                 nn.init.normal_(p, std=p.size(-1) ** -0.5)
             if name.endswith(("qkv.weight", "up.weight", "head.weight")):
                 # More outputs than inputs: stored by columns, a CPU multiplies a lone token by it up to twice as fast.
@@ -377,7 +377,7 @@ class MoD(nn.Module):
         causal = causal or bool(cache)  # top-k would need the future
         B, T = idx.size(0), idx.size(1) - start
         assert start == 0 or (cache and T == 1), "start > 0 needs a cache, and the text with exactly one new token"
-        assert start + T <= self.config.block_size, "longer than block_size"
+        assert start + T <= self.config.block_size, f"{start + T} tokens are longer than block_size"
         x = self.embed(idx, start)
         rope = self.rope[:, start : start + T]  # (2, T, D)
         routes = []

@@ -1795,6 +1795,23 @@ def test_optimizers_and_schedule():
     assert 0 < rates[-1] < 0.002 and rates[20:] == sorted(rates[20:], reverse=True)
 
 
+def test_gains_that_a_fork_adds_start_at_one_and_are_no_matrices(monkeypatch):
+    class Gained(mod.Block):
+        def __init__(self, config):
+            super().__init__(config)
+            self.gain = torch.nn.Parameter(torch.ones(config.n_embd))
+
+    plain = train.step_flops(MoD(MoDConfig(**SMALL)), tokens=24)
+    monkeypatch.setattr(mod, "Block", Gained)
+    monkeypatch.setattr(train, "Block", Gained)
+    model = MoD(MoDConfig(**SMALL))
+    gains = [model.blocks[0].gain, model.blocks[1].block.gain]
+    assert all((gain == 1).all() for gain in gains)
+    muon, _ = train.make_optimizers(model, 0.1, 0.5, 0.3)
+    assert all(p.dim() == 2 for p in muon.param_groups[0]["params"])
+    assert train.step_flops(model, tokens=24) == plain
+
+
 def test_muon_is_torchs_but_for_rounding():
     """torch's multiplies in bfloat16; older versions of it have none."""
     if not hasattr(torch.optim, "Muon"):
@@ -1942,6 +1959,15 @@ def test_a_run_does_not_go_on_with_other_text(run_train, small_data, tmp_path):
             train.main(["--resume", f"--out={tmp_path / 'run'}", "--steps=4"])
     finally:
         (small_data / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def test_a_run_that_is_older_than_a_flag_goes_on(run_train, tmp_path):
+    run_train("--steps=2")
+    checkpoint = load(tmp_path / "run")
+    del checkpoint["train"]["weight_decay"]
+    torch.save(checkpoint, tmp_path / "run/ckpt.pt")
+    train.main(["--resume", f"--out={tmp_path / 'run'}", "--weight_decay=0.1", "--steps=4"])
+    assert load(tmp_path / "run")["step"] == 4
 
 
 def test_a_run_goes_on_where_its_text_was_moved_to(run_train, small_data, tmp_path):

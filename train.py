@@ -145,7 +145,7 @@ def orthogonalize(matrix):
 def muon_matrices(model):
     """The matrices of the dense blocks, a list of parameters."""
     dense = (block for block in model.blocks if isinstance(block, Block))
-    return [p for block in dense for p in block.parameters()]
+    return [p for block in dense for p in block.parameters() if p.dim() == 2]
 
 
 def make_optimizers(model, router_lr_scale, routed_lr_scale, weight_decay):
@@ -417,7 +417,10 @@ def train(config):
         loss_sum += torch.tensor(checkpoint["loss_sum"], device=device)
         if step >= steps:
             budget = "--steps" if config.flops is None else "--flops"
-            raise UserError(f"{out} has done {step} of {steps} steps; ask for more with {budget} to go on")
+            raise UserError(
+                f"{out} has done {step} of {steps} steps; ask for more with {budget} to go on (the learning rate rises "
+                "again: it will not be the run that would have had so many from the start)"
+            )
 
     network = torch.compile(model, fullgraph=True) if config.compile else model
     if world > 1:
@@ -561,7 +564,8 @@ def train(config):
 
 def resumed(given, out):
     """The configuration of the run in out, with the flags given. UserError for one that would make another run."""
-    saved = load_checkpoint(out, "cpu")[1]["train"]
+    # Through TrainConfig, since a flag may be newer than the run.
+    saved = dataclasses.asdict(TrainConfig(**load_checkpoint(out, "cpu")[1]["train"]))
     for name, value in given.items():
         larger = name in ("steps", "flops") and saved[name] is not None and value >= saved[name]
         if name not in FREE_ON_RESUME and value != saved[name] and not larger:
