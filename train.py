@@ -251,7 +251,7 @@ def load_checkpoint(out, device):
     try:
         model = MoD(MoDConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
-        TrainConfig(**checkpoint["train"])
+        checkpoint["train"] = dataclasses.asdict(TrainConfig(**checkpoint["train"]))  # a flag may be newer than the run
         checkpoint["meta"], checkpoint["step"]
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -564,8 +564,7 @@ def train(config):
 
 def resumed(given, out):
     """The configuration of the run in out, with the flags given. UserError for one that would make another run."""
-    # Through TrainConfig, since a flag may be newer than the run.
-    saved = dataclasses.asdict(TrainConfig(**load_checkpoint(out, "cpu")[1]["train"]))
+    saved = load_checkpoint(out, "cpu")[1]["train"]
     for name, value in given.items():
         larger = name in ("steps", "flops") and saved[name] is not None and value >= saved[name]
         if name not in FREE_ON_RESUME and value != saved[name] and not larger:
