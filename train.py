@@ -606,7 +606,9 @@ def main(argv):
         raise UserError(
             f"out of memory ({str(error).splitlines()[0]}); take a smaller --batch_size, or --accumulate 2 or more"
         ) from error
-    if result and int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", 0)) == 0:  # the others leave with 0, or torchrun would end this one while it saves
+        if result is None:
+            sys.exit(130)  # as after any Ctrl-C, so that what was to follow the run does not
         summarize(config, result)
 
 
