@@ -131,6 +131,9 @@ def write_atomic(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # which a full disk does not name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -2578,7 +2578,8 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(run_train, tmp_path, mo
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", f"--out={tmp_path / 'run'}", "--steps=8"])
     with pytest.raises(SystemExit, match="2"):
         prepare_data.run(train.main)
-    assert capfd.readouterr().err.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    error = f"error: [Errno 28] No space left on device: {str(tmp_path / 'run' / 'ckpt.pt')!r}"
+    assert capfd.readouterr().err.splitlines()[-1] == error
     assert folder(tmp_path / "run") == before and set(before) == {"ckpt.pt", "log.jsonl"}
 
 
