@@ -151,6 +151,20 @@ def into_body():
     mod.RoutedBlock.decide = lambda block, seen, r: r
 
 
+def batch_topk():
+    """Top-k over all sequences of the batch at once: each has as many tokens taken as it deserves, not k. (The padding
+    of those that have fewer is not counted.)"""
+    forward = mod.RoutedBlock.forward
+
+    def changed(block, x, rope, causal=False, threshold=0.0, cache=None):
+        if not causal:
+            n = x.size(0) * block.config.k(x.size(1))
+            causal, threshold = True, block.score(x.detach())[0].flatten().topk(n + 1).values[-1]
+        return forward(block, x, rope, causal, threshold, cache)
+
+    mod.RoutedBlock.forward = changed
+
+
 def annealed(end):
     """Routed blocks take all tokens at first, then fewer, from progress end on their capacity. (A budget counts it.)"""
     flops_per_token = mod.MoDConfig.flops_per_token
@@ -283,6 +297,7 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has only the unrouted
     "raw_input": ({}, raw_input),
     "into_body": ({}, into_body),
     "one_router": ({}, one_router),
+    "batch_topk": ({}, batch_topk),
     "word_ends": ({}, word_ends),
     "depth_gain": ({}, depth_gain),
     "choice_0.1": ({}, lambda: choice_weight(0.1)),
