@@ -4,8 +4,8 @@
 
 A recipe is a shape, batch size, learning rate, its schedule, the part of it that routed blocks have, and who chooses
 without the future. A family's lowest at a budget is the recipe with the lowest mean loss among those with the most
-seeds. What stands in brackets after a difference of two families' means is its standard error; together: the budgets'
-differences, weighted by the inverse squares of these.
+seeds. What stands in brackets after a difference of two families' means is its standard error, where both have three
+seeds; together: these budgets' differences, weighted by the inverse squares of their errors.
 """
 
 import sys
@@ -44,8 +44,8 @@ def losses(rows, which="val_causal"):
 
 
 def difference(losses, others):
-    """The difference of two means and its standard error, in percent of the second; one seed says nothing of errors."""
-    of = [variance(some) / len(some) if len(some) > 1 else inf for some in (losses, others)]
+    """The difference of two means and its standard error, in percent of the second; two seeds say little of errors."""
+    of = [variance(some) / len(some) if len(some) > 2 else inf for some in (losses, others)]
     percent = 100 / mean(others)
     return percent * (mean(losses) - mean(others)), percent * sqrt(sum(of))
 
