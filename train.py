@@ -606,10 +606,17 @@ def main(argv):
         raise UserError(
             f"out of memory ({str(error).splitlines()[0]}); take a smaller --batch_size, or --accumulate 2 or more"
         ) from error
-    if int(os.environ.get("RANK", 0)) == 0:  # the others leave with 0, or torchrun would end this one while it saves
-        if result is None:
-            sys.exit(130)  # as after any Ctrl-C, so that what was to follow the run does not
+    rank = int(os.environ.get("RANK", 0))
+    if result and rank == 0:
         summarize(config, result)
+    # 130 as after any Ctrl-C, so that what was to follow the run does not. (But ranks above 0 leave with 0, or torchrun
+    # would end the first while it saves.)
+    status = 130 if result is None and rank == 0 else 0
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        os._exit(status)  # past the interpreter's end, which threads left by gloo abort now and then
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":
