@@ -2084,8 +2084,9 @@ def test_two_processes_train_what_one_does(run_train, small_data, tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *TINY]
         command += [f"--data={small_data}", f"--out={out}", "--steps=10", "--eval_interval=5"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, cwd=HERE, timeout=120, env=environment)
-        assert (result.returncode == 0) == (name == "two")
+        result = subprocess.run(command, cwd=HERE, timeout=120, env=environment, capture_output=True, text=True)
+        assert (result.returncode == 0) == (name == "two"), result.stderr
+        assert bool(re.search(r"exitcode *: 130", result.stderr)) == (name == "parts"), result.stderr
         if name == "parts":
             assert load(out)["step"] == 8
             train.main(["--resume", f"--out={out}"])

@@ -157,6 +157,7 @@ def batch_topk():
     forward = mod.RoutedBlock.forward
 
     def changed(block, x, rope, causal=False, threshold=0.0, cache=None):
+        assert block.predictor is None, "batch_topk is for --causal router: the threshold is one of r"
         if not causal:
             n = x.size(0) * block.config.k(x.size(1))
             causal, threshold = True, block.score(x.detach())[0].flatten().topk(n + 1).values[-1]
