@@ -315,6 +315,8 @@ def isoflop_runs(args):
     """The runs of isoflop.csv with the text and context that most of them have, by family, budget, shape and recipe."""
     runs = defaultdict(list)
     rows = read_table(args.assets / "isoflop.csv")
+    if not rows:
+        raise UserError(f"{args.assets / 'isoflop.csv'} has no runs: make them with {MADE_BY['isoflop.csv']}")
     usual = Counter((row["data_sha256"], row["block_size"]) for row in rows).most_common(1)[0][0]
     for row in (row for row in rows if (row["data_sha256"], row["block_size"]) == usual):
         recipe = row["batch_size"], row["schedule"], row["lr"], row["routed_lr_scale"], row["causal"]
@@ -353,12 +355,12 @@ def isoflop(args):
             mean = np.mean(losses)
             if family == "dense":
                 left.text(best[0]["params"], mean - 0.006, label(budget), ha="center", va="top", fontsize=8)
+                baseline[budget] = mean
             lowest.append((budget, mean, mean - min(losses), max(losses) - mean))
-            baseline.setdefault(budget, mean)
-        x, y, down, up = np.array(lowest).T
+        x, y, down, up = np.array(lowest).reshape(-1, 4).T
         style = {"marker": "o", "ms": 4, "color": COLORS[family], "capsize": 3, "label": name}
         middle.errorbar(x, y, yerr=(down, up), **style)
-        percent = np.array([baseline[budget] / 100 for budget in x])
+        percent = np.array([baseline.get(budget, np.nan) / 100 for budget in x])  # NaN, not drawn: dense was not run
         right.errorbar(x, y / percent - 100, yerr=(down / percent, up / percent), **style)
     left.set(xlabel="thousands of parameters", ylabel="causal validation loss (nats per byte)", title="Each shape")
     left.set_xlim(left=0)
@@ -394,6 +396,8 @@ def halves(args):
         if family == "mod" and half:
             point = half[1], 100 * (loss / half[0] - 1), min(seeds, half[2])
             points[width, budget, schedule].append((layers, *point))
+    if not points:
+        raise UserError("halves needs a MoD shape and its dense half, such as 6x96 and 3x96, at one budget and batch")
     widths, budgets, schedules = (sorted(set(of)) for of in zip(*points, strict=True))
     color = dict(zip(widths, shades(len(widths)), strict=True))
     marker = dict(zip(budgets, "osD^vPX*", strict=False))
