@@ -4,8 +4,10 @@ Raposo et al., "Mixture-of-Depths: Dynamically allocating compute in transformer
 arXiv:2404.02258. In every other block a router lets only the k highest-scoring tokens of a sequence through
 attention and MLP (k = capacity * T, say 12.5 %); the others pass by on the residual stream. Section 3.4:
 
-    x_i  <-  x_i + gate(r_i) * f(X~)_i    if r_i is among the k highest of its sequence (X~: those k tokens)
+    x_i  <-  x_i + gate(r_i) * f(X~)_i    if r_i is among the k highest of its sequence
     x_i  <-  x_i                          otherwise
+
+(X~: those k tokens; f: the change that the block makes to them, its residual stream not included).
 
     x (B, T, C) ----+---------------------------------------------------------------+--> x (B, T, C)
                     |                                                               |
@@ -17,7 +19,7 @@ attention and MLP (k = capacity * T, say 12.5 %); the others pass by on the resi
 
 In the paper r_i = w . x_i and gate(r) = r. Here r_i = w . norm(x_i), the gate is a sigmoid, and the auxiliary loss
 (choice_loss) trains only the router, not the layers below it; a short causal convolution mixes each embedding with the
-three before it, and only a quarter of the rotary pairs turn. README says why.
+three before it, and rotary embedding turns only a quarter of its pairs. README says why.
 
 Who is chosen is the only thing that differs between the two modes (attention is causal in both):
     top-k   compares a token with the whole sequence. k is known beforehand, so every shape is fixed: for training.
@@ -29,8 +31,8 @@ Who is chosen is the only thing that differs between the two modes (attention is
 
 Shapes: B batch (a row is one of its sequences), T time, C channels (n_embd), H heads, D head size (C / H),
         V vocabulary, L routed blocks
-        k tokens that a routed block takes of each row (K in a suffix: idx_BK is (B, k)); in causal mode the most of any
-          row, and shorter rows are padded. Its Block and Attention call that T. (There, and in the cache, k are keys.)
+        k tokens that a routed block takes of each row (K in a suffix: idx_BK is (B, k)); in causal mode as many as the
+          row with the most has; the others are padded. Its Block calls this T. (In Attention and KVCache, k is keys.)
         R rows whose new token a block takes, S keys in the longest of these rows: in sampling only
 
 Read from top to bottom: config and FLOPs, norm and rotary, attention, block, routed block, KV cache, model. For
@@ -119,7 +121,7 @@ def norm(x):
 
 
 def rotary_table(block_size, head_size):
-    """Cosine and sine of position times frequency, (2, block_size, D); of the first half -sin, as rotate wants it.
+    """Cosine and sine of position times frequency, (2, block_size, D); the first half of the sines negated, for rotate.
 
     About a quarter of the pairs turn (arXiv:2204.06745); with the others a head finds content however far away it is.
     """
@@ -149,8 +151,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, rope, remember=None):
-        """x (B, T, C) -> (B, T, C). Where there is a cache, remember is its fill or append: remember(k, v) stores them
-        and returns all the keys and values there are to attend to, with a mask or None."""
+        """x (B, T, C) -> (B, T, C). remember, if given, is KVCache.fill or append: remember(k, v) stores them and
+        returns all the keys and values to attend to, with a mask or None."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2)  # (B, 3H, T, D)
         qk, v = qkv.split((2 * self.n_head, self.n_head), dim=1)  # rotated together, one call for two
@@ -187,7 +189,7 @@ class Route(NamedTuple):
 
     taken: torch.Tensor  # bool: went through the block
     r: torch.Tensor  # the router's output
-    logit: torch.Tensor  # what causal mode compares with the threshold: r, or a predictor's output. See choice_loss
+    logit: torch.Tensor  # what causal mode compares with the threshold: r, a predictor's output, or noise
 
 
 class RoutedBlock(nn.Module):
@@ -205,7 +207,8 @@ class RoutedBlock(nn.Module):
         """For each token of x (B, T, C), by itself: r (section 3.4) and the causal decision's logit, (B, T) each (in
         top-k mode the logit is for choice_loss only).
 
-        In float32: bfloat16 makes ties and flips decisions. forward switches autocast off; for step, generate does it.
+        In float32: bfloat16 makes ties and flips decisions. forward switches autocast off; for step, generate does it,
+        since doing it here would take time at every token.
         """
         seen = norm(x.float())
         r = self.router(seen).squeeze(-1)
@@ -216,13 +219,13 @@ class RoutedBlock(nn.Module):
         return r if self.config.routing == "topk" else torch.rand_like(r)
 
     def decide(self, seen, r):
-        """The causal decision's logit (B, T). Section 3.5: r itself, or a predictor's; either taught by choice_loss."""
+        """The causal decision's logit (B, T): r itself or a predictor's (section 3.5), or, in the control, noise."""
         if self.config.routing == "random":
             return torch.rand_like(r) - (1 - self.config.capacity)  # above 0 with probability capacity
         if self.predictor is None and not seen.requires_grad:
-            return r
-        # Detached, so that choice_loss trains the router or predictor, not the residual stream that it reads. (From a
-        # router these are the values of r, with another gradient.)
+            return r  # no gradient to stop
+        # Detached, so that choice_loss trains the router or predictor, not the residual stream that it reads. But the
+        # gate's gradient must pass there, so a router runs twice: the same values as r, another gradient.
         return (self.predictor or self.router)(seen.detach()).squeeze(-1)
 
     def gate(self, r):
@@ -230,7 +233,7 @@ class RoutedBlock(nn.Module):
         return r if self.config.gate == "raw" else r.sigmoid()
 
     def forward(self, x, rope, causal=False, threshold=0.0, cache=None):
-        """x (B, T, C) -> new x, Route. rope (2, T, D). With a cache, an empty one, x is a prompt, and causal."""
+        """x (B, T, C) -> new x, Route. rope (2, T, D). With a cache, an empty one, x is a prompt and causal True."""
         assert causal or cache is None, "a prompt is routed causally"
         B, T, C = x.shape
         with torch.autocast(x.device.type, enabled=False):
@@ -246,13 +249,13 @@ class RoutedBlock(nn.Module):
             idx_BK = self.rank(r).topk(self.config.k(T), dim=1).indices.sort(dim=1).values
             taken = torch.zeros_like(r, dtype=torch.bool).scatter(1, idx_BK, True)
         route = Route(taken, r, logit)
-        if idx_BK.size(1) == 0:  # causal only
+        if idx_BK.size(1) == 0:  # nobody was taken: in causal mode only
             return x, route
 
         gate_BK = (self.gate(r) * taken).gather(1, idx_BK)  # 0 for the padding that causal has
         idx_BKC = idx_BK[..., None].expand(-1, -1, C)
         rope_taken = rope[:, idx_BK][:, :, None]  # (2, B, 1, k, D): the angles of the tokens' real positions
-        remember = partial(cache.fill, length=count) if cache is not None else None  # causal, so there is a count
+        remember = partial(cache.fill, length=count) if cache is not None else None  # so causal: count exists
         delta_BKC = gate_BK[..., None] * self.block(x.gather(1, idx_BKC), rope_taken, remember)
         return x.scatter_add(1, idx_BKC, delta_BKC.to(x.dtype)), route
 
@@ -275,8 +278,8 @@ def choice_loss(route):
     """The auxiliary loss of section 3.5, which teaches the router (or predictor) to foresee the top-k choice: add it to
     the cross-entropy.
 
-    The mean binary cross-entropy in nats, for the Route of a forward that is not causal; random routing has nothing
-    to learn.
+    The mean binary cross-entropy in nats. route is of a top-k forward, and not None as a dense model's is; under random
+    routing there is nothing to learn.
     """
     return F.binary_cross_entropy_with_logits(route.logit, route.taken.float())
 
@@ -358,21 +361,21 @@ class MoD(nn.Module):
             elif p.dim() > 1:  # a gain, should you add one, stays as it was made
                 nn.init.normal_(p, std=p.size(-1) ** -0.5)
             if name.endswith(("qkv.weight", "up.weight", "head.weight")):
-                # More outputs than inputs: stored by columns, a CPU multiplies a lone token by it up to twice as fast.
+                # Stored by columns: a CPU multiplies a lone token by it up to twice as fast.
                 p.data = p.data.t().contiguous().t()
-        self.mix.data[:, -1] = 1  # the embedding's own token; the three before it have weights of N(0, 1/4)
+        self.mix.data[:, -1] = 1  # each token's own weight; the three before it have random ones, of std 1/2
 
     def forward(self, idx, targets=None, causal=False, threshold=0.0, cache=None, start=0):
         """Tokens idx (B, T) -> logits (B, T, V); mean cross-entropy with targets (B, T) in nats, or None; the Route of
         all routed blocks, (L, B, T), or None if there are none. choice_loss is left to the training loop.
 
-        Top-k routing, unless causal: then a token is taken if its logit exceeds threshold; the higher, the fewer.
-        With a cache (from new_cache; under no_grad, without targets, and always causal) idx is the whole text so far,
-        (B, start + T), since embed looks back three tokens, but only its last T tokens are run: first the prompt, start
-        = 0; then one by one, T = 1 and start = how many were run before. Logits: the last token's only, (B, 1, V).
+        Routing is top-k, unless causal: then a token is taken if its logit exceeds threshold; the higher, the fewer.
+        With a cache (from new_cache; under no_grad, without targets, always causal) idx is all the text so far, (B,
+        start + T): embed looks back three tokens, all else runs only the last T. The first call has the prompt, start =
+        0; each later one a new token, T = 1, start = how many were run before. Logits: the last token's, (B, 1, V).
 
-        Routers and predictors must be float32; all other weights may be bfloat16 (sample.py does it), and so is then
-        what a cache holds. Autocast (bfloat16 in matrix products only) is for training, not with a cache.
+        Routers and predictors must be float32; all other weights, and with them the cache, may be bfloat16 (sample.py
+        does it). Autocast (bfloat16 in matrix products only) is for training, not with a cache.
         """
         causal = causal or bool(cache)  # top-k would need the future
         B, T = idx.size(0), idx.size(1) - start
@@ -418,11 +421,11 @@ class MoD(nn.Module):
 
     @torch.inference_mode()
     def generate(self, idx, num_tokens, temperature=1.0, top_k=None, top_p=None, threshold=0.0):
-        """Continue the prompts idx (B, T), T >= 1, of which the last block_size tokens are used, through the KV cache.
+        """Continue the prompts idx (B, T), T >= 1, of which the last block_size tokens are used, with a KV cache.
 
         Yields, num_tokens times: the new tokens (B, 1); the logits (B, V) they came from; the Route (None if dense) of
-        the tokens fed to get there: the prompt at first, then the last new token; the cache. When the context is full,
-        its last half is the prompt of a new cache, in Route, too. (top_k here is sampling's, not the router's.)
+        the tokens run to get there: the prompt at first, then the last new token; the cache. When the context is full,
+        its last half is run again, as the prompt of a new cache. (top_k here is sampling's, not the router's.)
         """
         size = self.config.block_size
         text = idx[:, -size:]
