@@ -338,7 +338,7 @@ def isoflop(args):
     budgets = sorted({key[1] for key in runs})
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), width_ratios=(2, 1.5, 1.5))
     baseline = {}  # by budget; dense comes first
-    for family, name in FAMILIES.items():
+    for i, (family, name) in enumerate(FAMILIES.items()):
         lowest = []
         for budget in budgets:
             points = {key: of for key, of in runs.items() if key[:2] == (family, budget)}
@@ -361,7 +361,8 @@ def isoflop(args):
         style = {"marker": "o", "ms": 4, "color": COLORS[family], "capsize": 3, "label": name}
         middle.errorbar(x, y, yerr=(down, up), **style)
         percent = np.array([baseline.get(budget, np.nan) / 100 for budget in x])  # NaN, not drawn: dense was not run
-        right.errorbar(x, y / percent - 100, yerr=(down / percent, up / percent), **style)
+        # beside each other, so that no bar hides another
+        right.errorbar(x * 1.07 ** (i - 1), y / percent - 100, yerr=(down / percent, up / percent), **style)
     left.set(xlabel="thousands of parameters", ylabel="causal validation loss (nats per byte)", title="Each shape")
     left.set_xlim(left=0)
     middle.set(xlabel="training FLOPs", xscale="log", yscale="log", title="Lowest of each family")
