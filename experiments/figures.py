@@ -250,6 +250,10 @@ def bench(args):
         raise UserError(f"{args.assets / 'bench.json'} has more than one device, dtype or depth; a figure shows one")
     table = {(row["n_embd"], row["batch"], row["context"]): row for row in rows}
     widths, batches, contexts = (sorted({key[i] for key in table}) for i in range(3))
+    shown = [(n, batches[0], contexts[-1]) for n in widths] + [(n, b, contexts[0]) for n in widths for b in batches]
+    for n, batch, context in (key for key in shown if key not in table):
+        command = f"{MADE_BY['bench.json']} --n_embd {n} --batch {batch} --context {context}"
+        raise UserError(f"{args.assets / 'bench.json'} has a gap, which `{command}` fills")
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.9))
     one = [table[n, batches[0], contexts[-1]] for n in widths]
     ways = "fast_tok_s", "all_blocks_tok_s", "no_cache_tok_s"
@@ -315,8 +319,6 @@ def isoflop_runs(args):
     """The runs of isoflop.csv with the text and context that most of them have, by family, budget, shape and recipe."""
     runs = defaultdict(list)
     rows = read_table(args.assets / "isoflop.csv")
-    if not rows:
-        raise UserError(f"{args.assets / 'isoflop.csv'} has no runs: make them with {MADE_BY['isoflop.csv']}")
     usual = Counter((row["data_sha256"], row["block_size"]) for row in rows).most_common(1)[0][0]
     for row in (row for row in rows if (row["data_sha256"], row["block_size"]) == usual):
         recipe = row["batch_size"], row["schedule"], row["lr"], row["routed_lr_scale"], row["causal"]
