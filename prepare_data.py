@@ -91,7 +91,7 @@ class Parser(argparse.ArgumentParser):
 
 def option(default, help, choices=None):
     """A dataclass field that make_parser makes a flag of."""
-    return field(default=default, metadata={"help": help, "choices": choices} if choices else {"help": help})
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 def make_parser(config_class, description):
@@ -105,13 +105,12 @@ def make_parser(config_class, description):
     for f in fields(config_class):
         kind = hints[f.name]
         kind = next((arg for arg in typing.get_args(kind) if arg is not types.NoneType), kind)  # X | None: X
-        options = {"type": kind, "metavar": kind.__name__.upper()}
+        choices = f.metadata["choices"]
+        options = {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        elif "choices" in f.metadata:
-            options = {"type": kind, "choices": f.metadata["choices"]}
         text = f.metadata["help"].replace("%", "%%")
-        text += "" if f.default is None else f" (default: {f.default})"
+        text += "" if f.default in (None, "") else f" (default: {f.default})"
         parser.add_argument(f"--{f.name}", help=text, **options)
     return parser
 
@@ -139,13 +138,18 @@ def write_atomic(path):
 
 
 def write_together(contents):
-    """Write files, {path: bytes}. None takes its place before all are on the disk; then they do in their order."""
+    """Write files, {path: bytes}: first all of them under other names, then each takes its place, in their order."""
     with ExitStack() as stack:  # it ends in reverse order
         for path, content in reversed(contents.items()):
             file = stack.enter_context(write_atomic(path))
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+
+
+def write_json(path, value):
+    with write_atomic(path) as file:
+        file.write(json.dumps(value, indent=2).encode() + b"\n")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -182,11 +186,6 @@ def encode(tokenizer, data, name="the text"):
             f"{name} is not valid UTF-8, as the {tokenizer.name} tokenizer needs; `prepare_data.py --tokenizer bytes` "
             "takes any file"
         ) from error
-
-
-def encode_text(tokenizer, text):
-    """Token ids (list) of a str, such as a prompt. Bytes of the command line that were not UTF-8 survive."""
-    return encode(tokenizer, text.encode("utf-8", "surrogateescape"), "the prompt").tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -362,8 +361,8 @@ def load_data(path, expected=None):
         raise UserError(f"the data in {path} is damaged ({reason}); {remedy}") from error
     if expected is not None and meta != expected:
         raise UserError(
-            f"the text in {path} is not the one that the run began with; prepare that one again (its SHA-256 begins "
-            f"with {expected['sha256'][:12]}), or begin a new run with another --out"
+            f"{path} is not what the run began with, {expected['tokenizer']} tokens of a text whose SHA-256 begins "
+            f"with {expected['sha256'][:12]}; prepare that again, or begin a new run with another --out"
         )
     return train, val, meta
 

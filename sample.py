@@ -32,13 +32,13 @@ from mod import MoD, RoutedBlock, sample
 from prepare_data import (
     UserError,
     encode,
-    encode_text,
     get_tokenizer,
     load_data,
     make_parser,
     option,
     run,
     write_atomic,
+    write_json,
 )
 from train import EVAL_TOKENS, dense_flops, load_checkpoint, pick_device, spread_windows
 
@@ -94,6 +94,11 @@ class Token(NamedTuple):
     probability: float | None  # that the model gave it; None for the prompt's
     route: torch.Tensor | None  # (3, L): Route's taken, r and logit; None if it was not fed to a router
 
+    @property
+    def depth(self):
+        """How many routed blocks processed it, or None."""
+        return None if self.route is None else int(self.route[0].sum())
+
 
 @dataclass
 class Text:
@@ -119,11 +124,13 @@ def draw(model, prompt, config, text):
         if i >= WARMUP:
             text.seconds += time.perf_counter() - start
             text.timed += 1
-        routes = []  # (3, L) for each token fed: the waiting ones, or, where the window slid, these after older ones
+        routes = []  # (3, L) for each token that this step fed
         if route is not None:
             routes = list(torch.stack([x[:, 0].float() for x in route]).cpu().unbind(-1))
+            # Several tokens, or one after a full context, begin a new cache; else one is added.
             text.context = len(routes) if len(routes) > 1 else text.context % model.config.block_size + 1
-        # A long prompt's beginning was never fed; what a slid window feeds once more is known.
+        # Fewer routes than waiting tokens: the beginning of a prompt longer than the context was never fed. More: the
+        # window slid, and all but the last were fed a second time.
         routes = [None] * (len(waiting) - len(routes)) + routes[-len(waiting) :]
         for known, of_token in zip(waiting, routes, strict=True):
             text.tokens.append(Token(*known, of_token))
@@ -143,11 +150,9 @@ def to_bfloat16(model):
 
 def read_prompt(text, tokenizer):
     """The ids of a prompt, at least one. Raises UserError for what the tokenizer doesn't know."""
-    if text == "-":
-        ids = encode(tokenizer, sys.stdin.buffer.read(), "the prompt").tolist()
-    else:
-        ids = encode_text(tokenizer, text)
-    return ids or [tokenizer.eot_token]
+    # surrogateescape: bytes of the command line that were not UTF-8 survive
+    data = sys.stdin.buffer.read() if text == "-" else text.encode("utf-8", "surrogateescape")
+    return encode(tokenizer, data, "the prompt").tolist() or [tokenizer.eot_token]
 
 
 def utf8_decoder():
@@ -190,7 +195,8 @@ def visible(text):
             return c
         return {"\n": "↵\n", "\t": "⇥"}.get(c) or c.encode("unicode_escape").decode()
 
-    return "".join(map(picture, text)) or "·"
+    shown = "".join(map(picture, text)) or "·"
+    return f"◌{shown}" if unicodedata.combining(shown[0]) else shown  # or a mark beneath it would have no column
 
 
 def columns(text):
@@ -206,8 +212,10 @@ class DepthView:
         self.text = self.marks = ""  # the line so far, where marks are needed
 
     def shade(self, text, depth):
-        if not depth:
-            return text if depth == 0 else f"\033[4m{text}\033[0m"
+        if not self.color or depth == 0:
+            return text
+        if depth is None:
+            return f"\033[4m{text}\033[0m"
         color = SHADES[math.ceil(depth / self.n_routed * len(SHADES)) - 1]
         return f"\033[38;5;16;48;5;{color}m{text}\033[0m"
 
@@ -215,10 +223,10 @@ class DepthView:
         return "-" if depth is None else DIGITS[min(depth, len(DIGITS) - 1)]
 
     def legend(self):
-        how, shade = ("Beneath", lambda text, depth: text) if not self.color else ("Shaded", self.shade)
-        scale = " ".join(shade(f" {self.mark(n)} ", n) for n in range(self.n_routed + 1))
-        return f"{how}: how many of {self.n_routed} routed blocks processed a token, {scale}; " + (
-            f"{shade('-', None)} was not fed to the model; · is a part of a character"
+        scale = " ".join(self.shade(f" {self.mark(n)} ", n) for n in range(self.n_routed + 1))
+        return (
+            f"{'Shaded' if self.color else 'Beneath'}: how many of {self.n_routed} routed blocks processed a token, "
+            f"{scale}; {self.shade('-', None)} was not fed to the model; · is a part of a character"
         )
 
     def show(self, piece, depth):
@@ -322,7 +330,7 @@ def bench(model, prompt, num_tokens=64, rounds=5, threshold=0.0):
         torch.manual_seed(0)
         if way == "topk_forward":
             with torch.inference_mode():
-                return {way: B * T / time_steps(1, map(model, [prompt]), device)[0]}  # map is lazy
+                return {way: B * T / time_steps(1, map(model, [prompt]), device)[0]}  # map is lazy: it runs in there
         if way == "no_cache":
             untimed, n = 1, math.ceil(num_tokens / 16)
             text = torch.cat((prompt, prompt[:, :1].expand(-1, num_tokens // 2)), dim=1)
@@ -346,8 +354,8 @@ def bench(model, prompt, num_tokens=64, rounds=5, threshold=0.0):
         for _ in range(rounds + 1)
     ][1:]
     share = torch.cat(taken).float().mean().item()
-    keys = T + WARMUP + num_tokens / 2  # in a dense block's cache, the mean of the timed steps
-    length = 2 * keys  # of a text for whose mean position flops_per_token counts as many
+    keys = T + WARMUP + num_tokens / 2  # that a timed step's token attends to in a dense block, in the mean
+    length = 2 * keys  # flops_per_token counts T / 2 keys a token
     return {
         "device": device_name(device),
         "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
@@ -433,8 +441,7 @@ def bench_checkpoint(model, prompt, config, data):
     print(bench_table(row), end="\n\n", file=sys.stderr)
     dial = compute_dial(model, spread_windows(data, size, EVAL_TOKENS).to(idx.device))
     print(dial_table(dial, dense_flops(model.config, size)), file=sys.stderr)
-    with write_atomic(Path(config.out) / "bench.json") as file:
-        file.write(json.dumps({"rows": [row], "dial": dial}, indent=2).encode() + b"\n")
+    write_json(Path(config.out) / "bench.json", {"rows": [row], "dial": dial})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -453,7 +460,7 @@ def write_texts(model, prompt, tokenizer, config, view):
         for token in draw(model, prompt, config, texts[-1]):
             piece = decoder.decode(tokenizer.decode_single_token_bytes(token.id))
             if view:
-                view.show(piece, None if token.route is None else int(token.route[0].sum()))
+                view.show(piece, token.depth)
             elif token.probability is not None or token.id != tokenizer.eot_token:
                 sys.stdout.write(piece)  # but not the end-of-text that stands for an empty prompt
             sys.stdout.flush()
@@ -513,14 +520,13 @@ def html_page(model, tokenizer, texts, name):
         decoder = utf8_decoder()
         body.append("<pre>")
         for token in text.tokens:
-            depth, blocks = None, []
+            blocks = []
             if token.route is not None:
                 taken, r, logit = token.route
-                depth = int(taken.sum())
                 chance = torch.full_like(r, model.config.capacity) if random else logit.sigmoid()
                 blocks = torch.stack((chance, gate(r), taken), dim=1).tolist()
             piece = decoder.decode(tokenizer.decode_single_token_bytes(token.id))
-            body.append(span(visible(piece), depth))
+            body.append(span(visible(piece), token.depth))
             data.append([token.id, token.probability, blocks])
         body.append("</pre>")
     parts = {

@@ -30,7 +30,7 @@ import sys
 import threading
 import time
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -48,7 +48,7 @@ import mod
 import prepare_data
 import train
 from mod import MoD, MoDConfig, RoutedBlock, choice_loss, sample
-from prepare_data import EOT, UserError, get_tokenizer, load_data, prepare
+from prepare_data import EOT, UserError, get_tokenizer, load_data, option, prepare
 from sample import (
     WAYS,
     DepthView,
@@ -59,6 +59,7 @@ from sample import (
     dense_twin,
     draw,
     html_page,
+    read_prompt,
     to_bfloat16,
     visible,
 )
@@ -1192,15 +1193,15 @@ def test_bytes_tokenizer_encodes_text_as_encode_does():
     """tiktoken's own path, which a user may take, agrees; a special token's name is text; newlines match."""
     enc = prepare_data.get_tokenizer("bytes")
     text = f"naïve 😀\r\n\n\0{EOT}\u2028x"
-    assert enc.encode_ordinary(text) == prepare_data.encode_text(enc, text) == list(text.encode())
+    assert enc.encode_ordinary(text) == read_prompt(text, enc) == list(text.encode())
     assert decoded(enc, np.array([104, 256, 105])) == f"h{EOT}i".encode()
 
 
 def test_prompt_with_bytes_that_are_no_utf8(fake_gpt2):
     text = b"a\xffb".decode("utf-8", "surrogateescape")  # as Python gives such a command line
-    assert prepare_data.encode_text(prepare_data.get_tokenizer("bytes"), text) == [97, 255, 98]
+    assert read_prompt(text, prepare_data.get_tokenizer("bytes")) == [97, 255, 98]
     with pytest.raises(UserError, match="the prompt is not valid UTF-8"):
-        prepare_data.encode_text(fake_gpt2, text)
+        read_prompt(text, fake_gpt2)
 
 
 def test_gpt2_takes_the_name_of_a_special_token_as_text(fake_gpt2):
@@ -1494,13 +1495,14 @@ def test_loaded_tokens_are_read_only_maps(text_file, tmp_path):
 
 @dataclass
 class Flags:
-    steps: int = field(default=7, metadata={"help": "optimizer steps, 100 % of them"})
-    lr: float = field(default=1e-3, metadata={"help": "learning rate"})
-    out: str = field(default="out/mod", metadata={"help": "directory"})
-    causal: str = field(default="predictor", metadata={"help": "which", "choices": ("predictor", "router")})
-    flops: float | None = field(default=None, metadata={"help": "budget"})
-    compile: bool = field(default=True, metadata={"help": "use torch.compile"})
-    html: bool | None = field(default=None, metadata={"help": "write it"})
+    steps: int = option(7, "optimizer steps, 100 % of them")
+    lr: float = option(1e-3, "learning rate")
+    out: str = option("out/mod", "directory")
+    causal: str = option("predictor", "which", ("predictor", "router"))
+    flops: float | None = option(None, "budget")
+    compile: bool = option(True, "use torch.compile")
+    html: bool | None = option(None, "write it")
+    prompt: str = option("", "nothing means none")
 
 
 def test_make_parser_types_and_defaults():
@@ -1854,7 +1856,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(run_train, tm
         return logits, loss * torch.nan, route
 
     monkeypatch.setattr(mod.MoD, "forward", poisoned)
-    with pytest.raises(prepare_data.UserError, match=r"loss is nan between steps 10 and 1[25]"):
+    with pytest.raises(prepare_data.UserError, match=r"loss is nan at step 1[25]"):
         train.main(["--resume", "--steps=20", f"--out={tmp_path / 'run'}"])
     after = load(tmp_path / "run")
     assert after["step"] == 10 and same_parameters(before["model"], after["model"])
@@ -1910,7 +1912,7 @@ def test_checkpoints_of_a_compiled_run_are_clean(run_train, tmp_path, monkeypatc
         (["--device=nonsense"], "device 'nonsense'"),
         (["--device=meta"], "device 'meta'"),
         (["--data=nowhere"], "no prepared data in nowhere"),
-        (["--resume", "--out=nowhere"], "no checkpoint"),
+        (["--resume", "--out=no where"], "no checkpoint no where/ckpt.pt; train one with `python train.py --out 'no where'`"),
     ],
 )
 def test_bad_flags_of_train(run_train, tmp_path, flags, message):
@@ -1956,7 +1958,7 @@ def test_a_run_does_not_go_on_with_other_text(run_train, small_data, tmp_path):
     meta = json.loads((small_data / "meta.json").read_text(encoding="utf-8"))
     try:
         (small_data / "meta.json").write_text(json.dumps({**meta, "sha256": "0" * 64}), encoding="utf-8")
-        with pytest.raises(UserError, match="is not the one that the run"):
+        with pytest.raises(UserError, match="not what the run began with, bytes tokens of a text whose"):
             train.main(["--resume", f"--out={tmp_path / 'run'}", "--steps=4"])
     finally:
         (small_data / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
@@ -2258,9 +2260,9 @@ def test_show_depth_writes_marks_beneath_where_there_is_no_terminal(run_dir, cap
 
 def test_show_depth_keeps_marks_beneath_wide_characters(capsys):
     view = DepthView(2, color=False)
-    for piece, depth in (("漢字", 1), ("a", 2), ("e\u0301", 1), ("b\n", 0)):
+    for piece, depth in (("漢字", 1), ("a", 2), ("e\u0301", 1), ("", 0), ("\u0301", 2), ("b\n", 0)):
         view.show(piece, depth)
-    assert capsys.readouterr().out == "漢字ae\u0301b↵\n1   210 \n"
+    assert capsys.readouterr().out == "漢字ae\u0301·◌\u0301b↵\n1   21020 \n"
 
 
 def test_show_depth_shades_where_there_is_a_terminal(run_dir, capfdbinary, monkeypatch):
@@ -2423,7 +2425,7 @@ def test_the_dial_is_not_of_other_text(run_dir, tmp_path):
     """Every --input goes to data/input, whatever a model there was trained on."""
     checkpoint = load(run_dir)
     torch.save({**checkpoint, "meta": {**checkpoint["meta"], "sha256": "0" * 64}}, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match="is not the one that the run"):
+    with pytest.raises(UserError, match="not what the run began with, bytes tokens of a text whose"):
         sample_main(["--out", str(tmp_path), "--device", "cpu", "--bench"])
 
 

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -67,7 +68,7 @@ class TrainConfig:
     eval_interval: int | None = option(None, "steps between evaluations, each saved (default: a tenth of the run)")
     device: str | None = option(None, "cuda, mps or cpu (default: the best there is)")
     dtype: str | None = option(
-        None, "of matrix products (default: bfloat16 on cuda, else float32)", ("float32", "bfloat16")
+        None, "of matrix products (default: bfloat16 where a GPU has it, else float32)", ("float32", "bfloat16")
     )
     compile: bool | None = option(None, "torch.compile the training step (default: on cuda only)")
     resume: bool = option(False, "go on from out's checkpoint, with its configuration")
@@ -203,27 +204,29 @@ def evaluate(model, data, tokens, autocast):
     size = model.config.block_size
     text = spread_windows(data, size, tokens)
     torch.manual_seed(0)  # random routing draws its noise here
-    ways = {"val_topk": {}, "val_causal": {"causal": True}, "val_skip": {"causal": True, "threshold": math.inf}}
-    dense = not model.config.routed_layers
-    sums, routing = dict.fromkeys(ways, 0.0), []
+    routed = bool(model.config.routed_layers)
+    ways = {"val_topk": {}}
+    if routed:
+        ways |= {"val_causal": {"causal": True}, "val_skip": {"causal": True, "threshold": math.inf}}
+    sums, counts = dict.fromkeys(ways, 0.0), 0
     for batch in text.split(16):
         batch, routes = batch.to(model.rope.device), {}
-        for way in ["val_topk"] if dense else ways:
+        for way, options in ways.items():
             with autocast():
-                _, loss, routes[way] = model(batch[:, :-1], batch[:, 1:], **ways[way])
+                _, loss, routes[way] = model(batch[:, :-1], batch[:, 1:], **options)
             sums[way] += loss.item() * len(batch)
-        if not dense:
+        if routed:
             foreseen, taken = routes["val_topk"].logit > 0, routes["val_topk"].taken
-            counts = ((foreseen == taken), (foreseen & taken), taken, routes["val_causal"].taken)
-            routing.append(torch.stack([count.sum((1, 2)) for count in counts]))
-    if dense:  # one forward says it all
-        sums = dict.fromkeys(ways, sums["val_topk"])
+            masks = torch.stack((foreseen == taken, foreseen & taken, taken, routes["val_causal"].taken))
+            counts += masks.sum((2, 3)).cpu()  # (4, L)
     result = {way: total / len(text) for way, total in sums.items()}
-    if routing:
-        agree, hit, taken, causal = torch.stack(routing).sum(0).double()
-        result["agree"] = (agree / text[:, 1:].numel()).tolist()
-        result["recall"] = (hit / taken).tolist()
-        result["share"] = (causal / text[:, 1:].numel()).tolist()
+    if not routed:  # one forward says it all
+        return {**result, "val_causal": result["val_topk"], "val_skip": result["val_topk"]}
+    agree, hit, taken, causal = counts.double()
+    seen = text[:, 1:].numel()
+    result["agree"] = (agree / seen).tolist()
+    result["recall"] = (hit / taken).tolist()
+    result["share"] = (causal / seen).tolist()
     return result
 
 
@@ -237,8 +240,9 @@ def load_checkpoint(out, device):
     Raises UserError if there is none or it is not a whole checkpoint of this program.
     """
     path = Path(out) / "ckpt.pt"
+    quoted = shlex.quote(str(out))
     if not path.exists():
-        raise UserError(f"no checkpoint {path}; train one with `python train.py --out {out}`")
+        raise UserError(f"no checkpoint {path}; train one with `python train.py --out {quoted}`")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:  # says itself what is wrong
@@ -246,7 +250,7 @@ def load_checkpoint(out, device):
     except Exception as error:  # whatever a truncated or foreign file makes torch.load raise
         raise UserError(
             f"{path} is damaged or no checkpoint ({type(error).__name__}); "
-            f"train again with `python train.py --overwrite --out {out}`"
+            f"train again with `python train.py --overwrite --out {quoted}`"
         ) from error
     try:
         model = MoD(MoDConfig(**checkpoint["config"]))
@@ -257,7 +261,7 @@ def load_checkpoint(out, device):
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{path} is not of this version of mod.py and train.py ({type(error).__name__}: {reason}); "
-            f"go back to that version, or train again with `python train.py --overwrite --out {out}`"
+            f"go back to that version, or train again with `python train.py --overwrite --out {quoted}`"
         ) from error
     return model.to(device).eval(), checkpoint
 
@@ -294,10 +298,11 @@ def pick_device(name):
 def fill_in(config, device):
     """The same TrainConfig, with what the preset and this device decide filled in where it is None."""
     preset = config.preset or ("cpu" if device.type == "cpu" else "gpu")
+    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     defaults = {
         "preset": preset,
         "device": device.type,
-        "dtype": "bfloat16" if device.type == "cuda" else "float32",
+        "dtype": "bfloat16" if bfloat16 else "float32",
         "compile": device.type == "cuda",
         **PRESETS[preset],
     }
@@ -359,8 +364,7 @@ def train(config):
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     config = fill_in(config, device)
     check(config, world)
     out = Path(config.out)
@@ -411,7 +415,7 @@ def train(config):
         except ValueError as error:
             raise UserError(
                 f"{out / 'ckpt.pt'} is not of this version of train.py ({error}); go back to that version, or train "
-                f"again with `python train.py --overwrite --out {out}`"
+                f"again with `python train.py --overwrite --out {shlex.quote(str(out))}`"
             ) from error
         step, loss_count, spent = checkpoint["step"], checkpoint["loss_count"], checkpoint["seconds"]
         loss_sum += torch.tensor(checkpoint["loss_sum"], device=device)
@@ -439,11 +443,11 @@ def train(config):
         dist.all_reduce(flag)
         return flag.item() > 0
 
-    def finite(losses, first, last):
+    def finite(losses):
         """The losses, if they all are finite; else UserError, before such a model is saved."""
         if not all(map(math.isfinite, losses)):
             raise UserError(
-                f"the loss is {sum(losses)} between steps {first} and {last}; nothing of that was saved: "
+                f"the loss is {sum(losses)} at step {step}; nothing since the last save was saved: "
                 f"{out / 'ckpt.pt'} is as it was. Try a lower --lr"
             )
         return losses
@@ -453,7 +457,7 @@ def train(config):
         if world > 1:
             dist.all_reduce(loss_sum)
             loss_sum.div_(world)
-        return finite((loss_sum / max(1, loss_count)).tolist(), step - loss_count, step)
+        return finite((loss_sum / max(1, loss_count)).tolist())
 
     def save():
         if not main_process:
@@ -472,7 +476,7 @@ def train(config):
         whole = io.BytesIO()  # written straight to a full disk, torch.save would hide the OSError that says so
         torch.save(checkpoint, whole)
         lines = "".join(json.dumps(entry) + "\n" for entry in log).encode()
-        # The log first: what it has too much, a resumed run leaves out.
+        # The log first: if the run is killed between the two, read_log drops the line that the checkpoint lacks.
         write_together({out / "log.jsonl": lines, out / "ckpt.pt": whole.getbuffer()})
 
     n_params = sum(p.numel() for p in model.parameters())
@@ -526,7 +530,6 @@ def train(config):
             if step % eval_interval and step < steps:
                 continue
 
-            first = step - loss_count
             train_loss, learned_choice = mean_losses()  # waits for the device: the timing below is right
             seconds = time.perf_counter() - tick
             loss_sum.zero_()
@@ -538,7 +541,7 @@ def train(config):
                 model.eval()
                 result |= evaluate(model, val_data, EVAL_TOKENS if step < steps else FINAL_EVAL_TOKENS, autocast)
                 model.train()
-                finite([result["val_topk"], result["val_causal"]], first, step)
+                finite([result["val_topk"], result["val_causal"]])
                 elapsed = spent + time.perf_counter() - start
                 speed = timed_tokens / seconds
                 result["timing"] = {"tokens_per_second": speed, "seconds": elapsed}
@@ -551,7 +554,7 @@ def train(config):
         if step < steps:
             mean_losses()  # over the devices, and nothing is saved unless they are finite
             save()
-            say(f"stopped at step {step}, saved; go on with `python train.py --resume --out {out}`")
+            say(f"stopped at step {step}, saved; go on with `python train.py --resume --out {shlex.quote(str(out))}`")
             return None
     finally:
         for number, handler in handlers.items():
@@ -590,7 +593,7 @@ def summarize(config, result):
     torch.manual_seed(config.seed)
     tokens = [token.item() for token, *_ in model.generate(prompt, 400)]
     print(tokenizer.decode(tokens, errors="replace"))
-    print(f"more of it: python sample.py --out {config.out}", file=sys.stderr)
+    print(f"more of it: python sample.py --out {shlex.quote(config.out)}", file=sys.stderr)
 
 
 def main(argv):

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mod import MoD, MoDConfig, RoutedBlock  # noqa: E402
-from prepare_data import Parser, UserError, run, write_atomic  # noqa: E402
+from prepare_data import Parser, UserError, run, write_json  # noqa: E402
 from sample import WARMUP, bench, bench_table, to_bfloat16  # noqa: E402
 from train import pick_device  # noqa: E402
 
@@ -88,14 +88,14 @@ def main(argv):
             model = to_bfloat16(model)
         for batch in args.batch:
             if batch * context > MAX_TOKENS:
+                print(f"left out, too many tokens: batch {batch} x context {context}", file=sys.stderr)
                 continue
             shape = (batch, context - WARMUP - args.num_tokens)
             prompt = torch.randint(config.vocab_size, shape, device=device)
             row = bench(model, prompt, args.num_tokens, args.rounds, THRESHOLD)
             rows[key_of(row)] = row
             print(bench_table(row), end="\n\n", flush=True)
-            with write_atomic(args.out) as file:
-                file.write(json.dumps({"rows": [rows[key] for key in sorted(rows)]}, indent=2).encode() + b"\n")
+            write_json(args.out, {"rows": [rows[key] for key in sorted(rows)]})
 
 
 if __name__ == "__main__":

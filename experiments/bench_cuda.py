@@ -9,7 +9,6 @@ bfloat16 (routers in float32), routers scaled as in bench.py. Each row is checke
 logits that model.generate gives.
 """
 
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.bench import THRESHOLD, check_sizes, random_model  # noqa: E402
 from mod import MoDConfig, RoutedBlock, norm  # noqa: E402
-from prepare_data import Parser, UserError, run, write_atomic  # noqa: E402
+from prepare_data import Parser, UserError, run, write_json  # noqa: E402
 from sample import bench, dense_twin, device_name, time_steps, to_bfloat16  # noqa: E402
 from train import dense_flops, pick_device  # noqa: E402
 
@@ -231,8 +230,7 @@ def main(argv):
         ):
             a, b = row[f"{ours}_tok_s"], row[f"{dense}_tok_s"]
             print(f"{n_embd:>8}  {name:10}{a:>10,.0f}{b:>10,.0f}{a / b:>8.2f}{row[ideal]:>8.2f}", flush=True)
-        with write_atomic(args.out) as file:
-            file.write(json.dumps({"rows": rows}, indent=2).encode() + b"\n")
+        write_json(args.out, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
     pip install transformers && python experiments/bench_peers.py
 
-One text at a time, greedy, float32 on this device; the ways take turns, medians over rounds. All have random weights.
+One text at a time, greedy (but for the dense model without a cache), float32 on this device; the ways take turns,
+medians over rounds. All have random weights.
 The last two are what GPT-2 code without a cache does (nanoGPT's generate, for one): the whole text anew for each token.
 Writes assets/bench_peers.json.
 """
 
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.bench import THRESHOLD, check_sizes, random_model  # noqa: E402
 from mod import MoDConfig  # noqa: E402
-from prepare_data import Parser, UserError, run, write_atomic  # noqa: E402
+from prepare_data import Parser, UserError, run, write_json  # noqa: E402
 from sample import WARMUP, dense_twin, device_name, generate_without_cache, time_steps  # noqa: E402
 from train import pick_device  # noqa: E402
 
@@ -40,6 +40,17 @@ def generate_gpt2(model, idx, use_cache=True):
         text = torch.cat((text, token), dim=1)
         feed = token if use_cache else text
         yield token
+
+
+def ways(mod, dense, gpt2, prompt, n):
+    """The ways to continue prompt, each an iterator that has not begun."""
+    return {
+        "mod": mod.generate(prompt, n, temperature=0, threshold=THRESHOLD),
+        "dense": dense.generate(prompt, n, temperature=0),
+        "gpt2": generate_gpt2(gpt2, prompt),
+        "dense_no_cache": generate_without_cache(dense, prompt, 0.0),
+        "gpt2_no_cache": generate_gpt2(gpt2, prompt, use_cache=False),
+    }
 
 
 def main(argv):
@@ -67,31 +78,21 @@ def main(argv):
         )
         gpt2 = transformers.GPT2LMHeadModel(gpt2_config).to(device).eval()
         prompt = torch.randint(257, (1, args.context - WARMUP - args.num_tokens), device=device)
-        ways = {
-            "mod": lambda m=mod, p=prompt: (
-                t for t, *_ in m.generate(p, args.context, temperature=0, threshold=THRESHOLD)
-            ),
-            "dense": lambda m=dense, p=prompt: (t for t, *_ in m.generate(p, args.context, temperature=0)),
-            "gpt2": lambda m=gpt2, p=prompt: generate_gpt2(m, p),
-            "dense_no_cache": lambda m=dense, p=prompt: generate_without_cache(m, p, 0.0),
-            "gpt2_no_cache": lambda m=gpt2, p=prompt: generate_gpt2(m, p, use_cache=False),
-        }
-
-        def rate(way, ways=ways):
-            steps = ways[way]()
-            n = args.num_tokens if "no_cache" not in way else args.num_tokens // 4
-            time_steps(WARMUP, steps, device)
-            return n / time_steps(n, steps, device)[0]
-
-        rounds = [{way: rate(way) for way in ways} for _ in range(args.rounds + 1)][1:]
-        medians = {f"{way}_tok_s": statistics.median(r[way] for r in rounds) for way in ways}
+        rounds = []
+        for _ in range(args.rounds + 1):
+            rates = {}
+            for way, steps in ways(mod, dense, gpt2, prompt, args.context).items():
+                n = args.num_tokens if "no_cache" not in way else args.num_tokens // 4
+                time_steps(WARMUP, steps, device)
+                rates[f"{way}_tok_s"] = n / time_steps(n, steps, device)[0]
+            rounds.append(rates)
+        medians = {name: statistics.median(rates[name] for rates in rounds[1:]) for name in rounds[0]}
         rows.append(
             {"device": device_name(device), "dtype": "float32", **shape, "context": args.context, **medians,
              "torch": torch.__version__, "transformers": transformers.__version__}
         )  # fmt: skip
         print(n_embd, *(f"{name.removesuffix('_tok_s')} {value:,.1f}" for name, value in medians.items()))
-        with write_atomic(ROOT / "assets" / "bench_peers.json") as file:
-            file.write(json.dumps({"rows": rows}, indent=2).encode() + b"\n")
+        write_json(ROOT / "assets" / "bench_peers.json", {"rows": rows})
 
 
 if __name__ == "__main__":

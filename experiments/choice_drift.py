@@ -16,19 +16,21 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from experiments.router_stats import look, table  # noqa: E402
-from prepare_data import run  # noqa: E402
+from prepare_data import UserError, run  # noqa: E402
 
 
 def main(argv):
-    seen, rows, evaluate = [], [], train.evaluate
+    before, rows, evaluate = None, [], train.evaluate
 
     def watched(model, data, tokens, autocast):
+        nonlocal before
+        if not model.config.routed_layers:
+            raise UserError("this model has no routed block, so there is no choice to watch")
         text = train.spread_windows(data, model.config.block_size, train.EVAL_TOKENS).to(model.rope.device)
         with torch.no_grad():
             _, route = look(model, text[:, :-1], text[:, 1:])
-        before = seen.pop() if seen else route.taken
-        seen.append(route.taken)
-        overlap = (route.taken & before).sum((1, 2)) / route.taken.sum((1, 2))
+        kept = route.taken if before is None else route.taken & before  # the first row's is not shown
+        overlap, before = kept.sum((1, 2)) / route.taken.sum((1, 2)), route.taken
         gate = model.blocks[model.config.routed_layers[0]].gate
         gates = [gate(r[taken]).mean() for r, taken in zip(route.r, route.taken, strict=True)]
         rows.append((overlap, route.r.std((1, 2)), gates))

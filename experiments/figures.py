@@ -19,6 +19,7 @@ halves        each MoD shape against its dense half, from isoflop.csv
 import json
 import math
 import re
+import shlex
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -196,7 +197,8 @@ def curves(args):
         out = getattr(args, family)
         log, ended = read_log(out)
         if not ended:
-            raise UserError(f"{out}/log.jsonl is of no finished run; go on with `python train.py --resume --out {out}`")
+            resume = f"python train.py --resume --out {shlex.quote(str(out))}"
+            raise UserError(f"{out}/log.jsonl is of no finished run; go on with `{resume}`")
         log = log[1:]
         during = log[len(log) // 5 : -1]  # the last one is on more tokens, so it is no point of the curve
         losses = [line["val_causal"] for line in during]

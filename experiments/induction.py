@@ -38,7 +38,7 @@ def main(argv):
     rows = ["| run | first reading | second reading |", "| --- | --- | --- |"]
     for out in parser.parse_args(argv).out:
         model, checkpoint = load_checkpoint(out, "cpu")
-        first, second = losses(model, load_data(checkpoint["train"]["data"], checkpoint["meta"])[1])
+        first, second = losses(model, load_data(ROOT / checkpoint["train"]["data"], checkpoint["meta"])[1])
         rows.append(f"| {Path(out).name} | {first:.3f} | {second:.3f} |")
     print("\n".join(rows))
 

@@ -29,36 +29,22 @@ SHAPES = {"dense": DENSE, "mod": ROUTED, "random": ROUTED}
 COLORS = {"dense": "#4477aa", "mod": "#cc3311", "random": "#999933"}
 
 
-def job(family, budget, shape, block_size, seed, batch_size, lr, routed_lr_scale, causal, data, sha256):
-    layers, width = parse_shape(shape)
-    recipe = f"{batch_size}-{lr:g}-{SCHEDULE}-{routed_lr_scale:g}-{causal}"
-    out = ROOT / "out" / "isoflop" / f"{family}-{budget:g}-{shape}-{recipe}-{seed}"
-    if block_size != PRESETS["cpu"]["block_size"]:
-        out = out.with_name(f"{out.name}-{block_size}")
+def job(key, data):
+    """The train.py run that key, the first columns of its row, describes."""
+    layers, width = parse_shape(key["shape"])
+    name = "{family}-{budget}-{shape}-{batch_size}-{lr}-{schedule}-{routed_lr_scale}-{causal}-{seed}".format(**key)
+    if key["block_size"] != PRESETS["cpu"]["block_size"]:
+        name += f"-{key['block_size']}"
     if data != TrainConfig.data:
-        out = out.with_name(f"{out.name}-{Path(data).name}")
-    return {
-        "key": {
-            "family": family,
-            "budget": f"{budget:g}",
-            "shape": shape,
-            "block_size": block_size,
-            "batch_size": batch_size,
-            "lr": f"{lr:g}",
-            "schedule": SCHEDULE,
-            "routed_lr_scale": f"{routed_lr_scale:g}",
-            "causal": causal,
-            "seed": seed,
-            "data_sha256": sha256,
-        },
-        "out": out,
-        "command": [
-            "train.py", "--preset=cpu", *FAMILIES[family], f"--n_layer={layers}", f"--n_embd={width}",
-            f"--n_head={max(2, width // 32)}", f"--block_size={block_size}", f"--batch_size={batch_size}", f"--lr={lr}",
-            f"--routed_lr_scale={routed_lr_scale}", f"--causal={causal}", f"--seed={seed}", f"--flops={budget}",
-            f"--out={out}", f"--data={data}",
-        ],
-    }  # fmt: skip
+        name += f"-{Path(data).name}"
+    out = ROOT / "out" / "isoflop" / name
+    same = "block_size", "batch_size", "lr", "routed_lr_scale", "causal", "seed"  # flags of train.py
+    command = [
+        "train.py", "--preset=cpu", *FAMILIES[key["family"]], *(f"--{flag}={key[flag]}" for flag in same),
+        f"--n_layer={layers}", f"--n_embd={width}", f"--n_head={max(2, width // 32)}", f"--flops={key['budget']}",
+        f"--out={out}", f"--data={data}",
+    ]  # fmt: skip
+    return {"key": key, "out": out, "command": command}
 
 
 def row_of(job, log):
@@ -77,7 +63,7 @@ def row_of(job, log):
 
 
 def lowest(rows, family, budget, block_size, sha256):
-    """Shape, batch size, learning rate, routed blocks' scale and who chooses, of the lowest causal loss at seed 0."""
+    """The recipe with the lowest causal loss at seed 0, columns of its row."""
     rows = [r for r in rows if r["family"] == family and float(r["budget"]) == budget and r["seed"] == "0"]
     rows = [r for r in rows if r["data_sha256"] == sha256 and r["block_size"] == str(block_size)]
     if not rows:
@@ -85,7 +71,7 @@ def lowest(rows, family, budget, block_size, sha256):
             f"{TABLE} has no {family} run of seed 0 at {budget:g} for this text and context; name its --shapes"
         )
     row = min(rows, key=lambda r: float(r["val_causal"]))
-    return row["shape"], int(row["batch_size"]), float(row["lr"]), float(row["routed_lr_scale"]), row["causal"]
+    return {name: row[name] for name in ("shape", "batch_size", "lr", "routed_lr_scale", "causal")}
 
 
 def main(argv):
@@ -106,21 +92,37 @@ def main(argv):
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(argv)
     rows = read_table(TABLE)
-    if args.data == TrainConfig.data and not (ROOT / args.data).exists():
+    if args.data == TrainConfig.data and not (ROOT / args.data / "meta.json").exists():  # it is written last
         prepare(out=ROOT / args.data)
     sha256 = load_data(ROOT / args.data)[2]["sha256"][:12]
     jobs = []
     for budget in args.budgets:
         for seed in args.seeds:
             for family in args.families:
-                scale = 1.0 if family == "dense" else args.routed_lr_scale
-                causal = args.causal if family == "mod" else "router"  # which for the others means nothing
-                usual = args.batch_size, args.lr, scale, causal
-                recipes = [(shape, *usual) for shape in args.shapes or SHAPES[family]]
+                usual = {
+                    "batch_size": args.batch_size,
+                    "lr": f"{args.lr:g}",
+                    "routed_lr_scale": "1" if family == "dense" else f"{args.routed_lr_scale:g}",
+                    "causal": args.causal if family == "mod" else "router",  # which for the others means nothing
+                }
+                recipes = [{"shape": shape, **usual} for shape in args.shapes or SHAPES[family]]
                 if args.shapes == ["best"]:
                     recipes = [lowest(rows, family, budget, args.block_size, sha256)]
-                for shape, *recipe in recipes:
-                    jobs.append(job(family, budget, shape, args.block_size, seed, *recipe, args.data, sha256))
+                for recipe in recipes:
+                    key = {
+                        "family": family,
+                        "budget": f"{budget:g}",
+                        "shape": recipe["shape"],
+                        "block_size": args.block_size,
+                        "batch_size": recipe["batch_size"],
+                        "lr": recipe["lr"],
+                        "schedule": SCHEDULE,
+                        "routed_lr_scale": recipe["routed_lr_scale"],
+                        "causal": recipe["causal"],
+                        "seed": seed,
+                        "data_sha256": sha256,
+                    }
+                    jobs.append(job(key, args.data))
     sweep(jobs, TABLE, row_of, args.processes)
 
 

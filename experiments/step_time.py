@@ -6,11 +6,9 @@
 Forward, backward and optimizer, the two models in turn, medians. Writes assets/step_time.json, or --out.
 """
 
-import json
 import statistics
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.bench import check_sizes  # noqa: E402
 from mod import MoD, MoDConfig, choice_loss  # noqa: E402
-from prepare_data import Parser, run, write_atomic  # noqa: E402
+from prepare_data import Parser, run, write_json  # noqa: E402
 from sample import device_name, synchronize  # noqa: E402
 from train import make_optimizers, pick_device, step_flops  # noqa: E402
 
@@ -32,12 +30,11 @@ def stepper(config, batch_size, device, compiled):
     network = torch.compile(model, fullgraph=True) if compiled else model
     optimizers = make_optimizers(model, 0.1, 1, 0.1)
     idx = torch.randint(config.vocab_size, (batch_size, config.block_size), device=device)
-    bf16 = device.type == "cuda"
 
     def step():
         synchronize(device)
         start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             _, loss, route = network(idx, idx)
         (loss if route is None else loss + choice_loss(route)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -71,27 +68,24 @@ def main(argv):
         steps, (flops, dense_flops) = zip(*steppers, strict=True)
         times = [[step() for step in steps] for _ in range(args.rounds + 2)][2:]  # the first are not counted
         ratio = statistics.median(mod / dense for mod, dense in times)
-        rows.append(
-            {
-                "device": device_name(device),
-                "torch": torch.__version__,
-                "compiled": args.compile,
-                **shape,
-                "tokens": args.batch_size * args.block_size,
-                "mod_s": statistics.median(mod for mod, _ in times),
-                "dense_s": statistics.median(dense for _, dense in times),
-                "ratio": ratio,
-                "flops_ratio": flops / dense_flops,
-            }
-        )
-        row = rows[-1]
+        row = {
+            "device": device_name(device),
+            "torch": torch.__version__,
+            "compiled": args.compile,
+            **shape,
+            "tokens": args.batch_size * args.block_size,
+            "mod_s": statistics.median(mod for mod, _ in times),
+            "dense_s": statistics.median(dense for _, dense in times),
+            "ratio": ratio,
+            "flops_ratio": flops / dense_flops,
+        }
+        rows.append(row)
         print(
             f"{row['device']}: {n_embd} wide, {row['tokens']} tokens a step: {row['mod_s']:.3f} s, dense "
             f"{row['dense_s']:.3f} s; ratio {ratio:.3f}, of FLOPs {row['flops_ratio']:.3f}, "
             f"{ratio / row['flops_ratio']:.3f} x"
         )
-    with write_atomic(args.out) as file:
-        file.write(json.dumps({"rows": rows}, indent=2).encode() + b"\n")
+    write_json(args.out, {"rows": rows})
 
 
 if __name__ == "__main__":

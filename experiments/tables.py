@@ -56,8 +56,24 @@ def together(differences):
     return sum(w * d for w, (d, _) in zip(weights, differences, strict=True)) / sum(weights), 1 / sqrt(sum(weights))
 
 
-def cell_of(difference, error):
+def difference_cell(difference, error):
     return f"{difference:+.1f} %" + f" ({error:.1f})" * (error < inf)
+
+
+def recipe_cell(recipe, rows, family):
+    """A recipe, the losses of its seeds, and their mean."""
+    text = f"{recipe.shape}, batch {recipe.batch_size}, {float(recipe.lr) * 1e3:g}e-3"
+    if recipe.schedule != SCHEDULE:
+        text += f", {recipe.schedule}"
+    text += ": "
+    if family == "mod" and recipe.causal == "predictor":
+        text += "predictor, "
+    if len(rows) > 1:
+        text += " ".join(f"{loss:.4f}" for loss in losses(rows)) + ", mean "
+    text += f"**{mean(losses(rows)):.4f}**"
+    if family == "mod":
+        text += f" ({mean(losses(rows, 'val_topk')):.4f})"
+    return text
 
 
 def lowest_table(runs, text):
@@ -72,27 +88,18 @@ def lowest_table(runs, text):
                 cells.append("not run")
                 continue
             recipe = lowest_of({recipe: losses(rows) for recipe, rows in by_recipe.items()})
-            rows = by_recipe[recipe]
-            best[family] = losses(rows)
-            cells.append(
-                f"{recipe.shape}, batch {recipe.batch_size}, {float(recipe.lr) * 1e3:g}e-3"
-                + f", {recipe.schedule}" * (recipe.schedule != SCHEDULE)
-                + ": "
-                + "predictor, " * (family == "mod" and recipe.causal == "predictor")
-                + " ".join(f"{loss:.4f}" for loss in best[family]) * (len(rows) > 1)
-                + ", mean " * (len(rows) > 1)
-                + f"**{mean(best[family]):.4f}**"
-                + (f" ({mean(losses(rows, 'val_topk')):.4f})" if family == "mod" else "")
-            )
+            best[family] = losses(by_recipe[recipe])
+            cells.append(recipe_cell(recipe, by_recipe[recipe], family))
         for other in ("dense", "random"):
-            known = "mod" in best and other in best
-            if known:
+            if "mod" in best and other in best:
                 differences[other].append(difference(best["mod"], best[other]))
-            cells.append(cell_of(*differences[other][-1]) if known else "")
+                cells.append(difference_cell(*differences[other][-1]))
+            else:
+                cells.append("")
         lines.append("| " + " | ".join(cells) + " |")
     known = [[pair for pair in differences[other] if pair[1] < inf] for other in ("dense", "random")]
     if any(known):
-        cells = [cell_of(*together(pairs)) if pairs else "" for pairs in known]
+        cells = [difference_cell(*together(pairs)) if pairs else "" for pairs in known]
         lines.append("| together | | | | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
