@@ -1691,6 +1691,15 @@ def test_log_lines_say_what_they_promise(run_train):
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
+def test_a_gpu_that_only_emulates_bfloat16_trains_in_float32(monkeypatch):
+    def dtype(native):
+        supported = lambda including_emulation=True: native or including_emulation  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        return train.fill_in(TrainConfig(), torch.device("cuda")).dtype
+
+    assert (dtype(native=True), dtype(native=False)) == ("bfloat16", "float32")
+
+
 @pytest.mark.parametrize("flags", ["--capacity=1", "--route_every=5"])
 def test_a_dense_run_has_one_validation_loss(run_train, flags):
     """Also where no block happens to be routed."""
@@ -1912,7 +1921,7 @@ def test_checkpoints_of_a_compiled_run_are_clean(run_train, tmp_path, monkeypatc
         (["--device=nonsense"], "device 'nonsense'"),
         (["--device=meta"], "device 'meta'"),
         (["--data=nowhere"], "no prepared data in nowhere"),
-        (["--resume", "--out=no where"], "no checkpoint no where/ckpt.pt; train one with `python train.py --out 'no where'`"),
+        (["--resume", "--out=no where"], "train one with `python train.py --out 'no where'`"),
     ],
 )
 def test_bad_flags_of_train(run_train, tmp_path, flags, message):
