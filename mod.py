@@ -331,7 +331,7 @@ class KVCache:
         idx_R, length_R = torch.tensor([rows, length], device=k.device)
         self.k[idx_R, :, length_R - 1], self.v[idx_R, :, length_R - 1] = k[:, :, 0], v[:, :, 0]  # (R, H, D)
         mask = torch.arange(S, device=k.device) < length_R[:, None]  # (R, S)
-        k, v = (x[:, :, :S].index_select(0, idx_R) for x in (self.k, self.v))  # several times as fast as x[idx_R]
+        k, v = (x[:, :, :S].index_select(0, idx_R) for x in (self.k, self.v))  # copies faster than x[idx_R]
         return k, v, mask[:, None, None]
 
     @property

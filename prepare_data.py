@@ -148,6 +148,7 @@ def write_together(contents):
 
 
 def write_json(path, value):
+    """Write value as JSON, the file whole or not at all."""
     with write_atomic(path) as file:
         file.write(json.dumps(value, indent=2).encode() + b"\n")
 

@@ -1865,7 +1865,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(run_train, tm
         return logits, loss * torch.nan, route
 
     monkeypatch.setattr(mod.MoD, "forward", poisoned)
-    with pytest.raises(prepare_data.UserError, match=r"loss is nan at step 1[25]"):
+    with pytest.raises(UserError, match=r"loss is nan by step 1[25]; nothing since the last save was saved"):
         train.main(["--resume", "--steps=20", f"--out={tmp_path / 'run'}"])
     after = load(tmp_path / "run")
     assert after["step"] == 10 and same_parameters(before["model"], after["model"])
@@ -1921,6 +1921,7 @@ def test_checkpoints_of_a_compiled_run_are_clean(run_train, tmp_path, monkeypatc
         (["--device=nonsense"], "device 'nonsense'"),
         (["--device=meta"], "device 'meta'"),
         (["--data=nowhere"], "no prepared data in nowhere"),
+        (["--resume", "--out=nowhere"], "no checkpoint"),
         (["--resume", "--out=no where"], "train one with `python train.py --out 'no where'`"),
     ],
 )

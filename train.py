@@ -447,7 +447,7 @@ def train(config):
         """The losses, if they all are finite; else UserError, before such a model is saved."""
         if not all(map(math.isfinite, losses)):
             raise UserError(
-                f"the loss is {sum(losses)} at step {step}; nothing since the last save was saved: "
+                f"the loss is {sum(losses)} by step {step}; nothing since the last save was saved: "
                 f"{out / 'ckpt.pt'} is as it was. Try a lower --lr"
             )
         return losses

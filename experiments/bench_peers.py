@@ -3,9 +3,8 @@
     pip install transformers && python experiments/bench_peers.py
 
 One text at a time, greedy (but for the dense model without a cache), float32 on this device; the ways take turns,
-medians over rounds. All have random weights.
-The last two are what GPT-2 code without a cache does (nanoGPT's generate, for one): the whole text anew for each token.
-Writes assets/bench_peers.json.
+medians over rounds. All have random weights. The last two are what GPT-2 code without a cache does (nanoGPT's generate,
+for one): the whole text anew for each token. Writes assets/bench_peers.json.
 """
 
 import statistics
