@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -436,7 +437,7 @@ def bench_checkpoint(model, prompt, config, data):
     idx = torch.tensor([prompt], device=model.rope.device)
     torch.manual_seed(config.seed)
     written = [token for token, *_ in model.generate(idx, size, threshold=config.threshold)]
-    idx = torch.cat((idx, *written), dim=1)[:, -max(1, size - WARMUP - num_tokens) :]
+    idx = torch.cat((idx, *written), dim=1)[:, -(size - WARMUP - num_tokens) :]
     row = bench(model, idx, num_tokens, threshold=config.threshold)
     print(bench_table(row), end="\n\n", file=sys.stderr)
     dial = compute_dial(model, spread_windows(data, size, EVAL_TOKENS).to(idx.device))
@@ -536,8 +537,7 @@ def html_page(model, tokenizer, texts, name):
         "NAME": html.escape(name),
         "BODY": "".join(body),
     }
-    head, *rest = PAGE.split("$$")  # text, name, text, name, ..., so that nothing in a part is replaced again
-    return head + "".join(parts[key] + text for key, text in zip(rest[::2], rest[1::2], strict=True))
+    return re.sub(r"\$\$(\w+)\$\$", lambda found: parts[found[1]], PAGE)  # one pass: nothing in a part is replaced
 
 
 PAGE = """<!doctype html>

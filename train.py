@@ -83,11 +83,6 @@ EVAL_TOKENS, FINAL_EVAL_TOKENS = 2**14, 2**17  # validation tokens used, during 
 # The parts of a training step
 
 
-def step_seed(seed, step):
-    """32 bits made of seed and step, so that a step needs nothing but its number to be repeated."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
-
-
 def windows(data, starts, length):
     """Tokens (len(starts), length), int64, of data from each start on."""
     return torch.from_numpy(np.stack([data[i : i + length] for i in starts]).astype(np.int64))
@@ -102,7 +97,8 @@ def spread_windows(data, block_size, tokens):
 
 def get_batch(data, block_size, batch_size, seed, step):
     """Random windows (batch_size, block_size) of tokens and of the tokens after them, fixed by seed and step."""
-    generator = torch.Generator().manual_seed(step_seed(seed, step))
+    (state,) = np.random.SeedSequence((seed, step)).generate_state(1)  # a step needs nothing but its number
+    generator = torch.Generator().manual_seed(int(state))
     starts = torch.randint(len(data) - block_size, (batch_size,), generator=generator)
     tokens = windows(data, starts.tolist(), block_size + 1)
     return tokens[:, :-1], tokens[:, 1:]
@@ -403,8 +399,7 @@ def train(config):
     # language model.
     routers = [p for name, p in model.named_parameters() if ".router." in name]
     predictors = [p for name, p in model.named_parameters() if ".predictor." in name]
-    choosers = set(map(id, routers + predictors))
-    body = [p for p in model.parameters() if id(p) not in choosers]
+    body = [p for name, p in model.named_parameters() if ".router." not in name and ".predictor." not in name]
     optimizers = make_optimizers(model, config.router_lr_scale, config.routed_lr_scale, config.weight_decay)
     step, spent = 0, 0.0
     loss_sum, loss_count = torch.zeros(2, device=device), 0  # language model's and choice's, since the last report
@@ -412,13 +407,14 @@ def train(config):
         try:
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-        except ValueError as error:
+            loss_count, spent = checkpoint["loss_count"], checkpoint["seconds"]
+            loss_sum += torch.tensor(checkpoint["loss_sum"], device=device)
+        except (KeyError, ValueError) as error:
             raise UserError(
                 f"{out / 'ckpt.pt'} is not of this version of train.py ({error}); go back to that version, or train "
                 f"again with `python train.py --overwrite --out {shlex.quote(str(out))}`"
             ) from error
-        step, loss_count, spent = checkpoint["step"], checkpoint["loss_count"], checkpoint["seconds"]
-        loss_sum += torch.tensor(checkpoint["loss_sum"], device=device)
+        step = checkpoint["step"]
         if step >= steps:
             budget = "--steps" if config.flops is None else "--flops"
             raise UserError(
@@ -504,7 +500,7 @@ def train(config):
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     start = tick = time.perf_counter()
-    timed_tokens, result = 0, None
+    timed_tokens = 0
     part = slice(rank, None, world)
     try:
         while step < steps and not any_rank(stopping):
@@ -588,8 +584,7 @@ def summarize(config, result):
         file=sys.stderr,
     )
     tokenizer = get_tokenizer(checkpoint["meta"]["tokenizer"])
-    device = model.embedding.weight.device
-    prompt = torch.tensor([[tokenizer.eot_token]], device=device)
+    prompt = torch.tensor([[tokenizer.eot_token]], device=model.rope.device)
     torch.manual_seed(config.seed)
     tokens = [token.item() for token, *_ in model.generate(prompt, 400)]
     print(tokenizer.decode(tokens, errors="replace"))

@@ -43,13 +43,8 @@ def taken_of(block, r):
 
 def detached():
     """The router learns, but its gradient does not reach the residual stream."""
-
-    def score(block, x):
-        seen = mod.norm(x.detach().float())
-        r = block.router(seen).squeeze(-1)
-        return r, block.decide(seen, r)
-
-    mod.RoutedBlock.score = score
+    score = mod.RoutedBlock.score
+    mod.RoutedBlock.score = lambda block, x: score(block, x.detach())
 
 
 def centred():
@@ -286,7 +281,6 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has only the unrouted
     "adamw": ({}, muon_for_none),
     "adamw_dense_half": ({"capacity": 1}, muon_for_none),
     "detached": ({}, detached),
-    "noise_30_centred": ({}, lambda: (noise_until(0.3), centred())),
     "centred": ({}, centred),
     "noise_30": ({}, lambda: noise_until(0.3)),
     "price_0.01": ({}, lambda: price(0.01)),
@@ -368,9 +362,7 @@ def main(argv):
                     "batch_size": args.batch_size, "lr": f"{args.lr:g}", "schedule": SCHEDULE,
                     "routed_lr_scale": f"{args.routed_lr_scale:g}", "causal": args.causal, "seed": seed},
             "out": out_of(name, seed),
-            "command": ["experiments/ablate.py", "--one", "--only", name, "--seeds", str(seed), "--budget",
-                        str(args.budget), "--shape", args.shape, "--batch_size", str(args.batch_size), "--lr",
-                        str(args.lr), "--routed_lr_scale", str(args.routed_lr_scale), "--causal", args.causal],
+            "command": ["experiments/ablate.py", *argv, "--one", "--only", name, "--seeds", str(seed)],
         }
         for seed in args.seeds
         for name in args.only
@@ -378,14 +370,12 @@ def main(argv):
 
     def row_of(job, log):
         last = log[-1]
-        mean = {name: sum(last[name]) / len(last[name]) if name in last else math.nan
-                for name in ("agree", "recall", "share")}  # fmt: skip
         return {
             **job["key"],
             "steps": last["step"],
             "flops": f"{last['flops']:.4g}",
             **{name: f"{last[name]:.4f}" for name in ("val_topk", "val_causal", "val_skip")},
-            **{name: f"{value:.4f}" for name, value in mean.items()},
+            **{name: f"{fmean(last.get(name, [math.nan])):.4f}" for name in ("agree", "recall", "share")},
         }
 
     sweep(jobs, table, row_of, args.processes)

@@ -22,11 +22,6 @@ from prepare_data import Parser, UserError, run, write_json  # noqa: E402
 from sample import WARMUP, dense_twin, device_name, generate_without_cache, time_steps  # noqa: E402
 from train import pick_device  # noqa: E402
 
-try:
-    import transformers
-except ImportError:
-    transformers = None
-
 
 @torch.inference_mode()
 def generate_gpt2(model, idx, use_cache=True):
@@ -62,8 +57,10 @@ def main(argv):
     parser.add_argument("--device")
     args = parser.parse_args(argv)
     check_sizes(args)
-    if transformers is None:
-        raise UserError("this needs the package transformers: pip install transformers")
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("this needs the package transformers: pip install transformers") from None
     device = pick_device(args.device)
     rows = []
     print(f"{device_name(device)}, torch {torch.__version__}, transformers {transformers.__version__}; tokens/s")
@@ -81,7 +78,7 @@ def main(argv):
         for _ in range(args.rounds + 1):
             rates = {}
             for way, steps in ways(mod, dense, gpt2, prompt, args.context).items():
-                n = args.num_tokens if "no_cache" not in way else args.num_tokens // 4
+                n = args.num_tokens if "no_cache" not in way else max(1, args.num_tokens // 4)
                 time_steps(WARMUP, steps, device)
                 rates[f"{way}_tok_s"] = n / time_steps(n, steps, device)[0]
             rounds.append(rates)

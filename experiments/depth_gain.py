@@ -103,8 +103,7 @@ def main(argv):
         lines.append((name, f"{taken.float().mean():.1%}", f"{part:.1%}", f"{part / taken.float().mean():.1f}"))
 
     def highest(values):
-        k = T // 8
-        return torch.zeros_like(values, dtype=torch.bool).scatter(1, values.topk(k, dim=1).indices, True)
+        return torch.zeros_like(values, dtype=torch.bool).scatter(1, values.topk(T // 8, dim=1).indices, True)
 
     for name, values in foreseen.items():
         add(f"the eighth that {name} foresees to gain most", highest(values))
