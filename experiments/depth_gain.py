@@ -1,7 +1,7 @@
 """Which tokens gain from more blocks, can that be told early, and do routers take them?
 
-    python experiments/ablate.py --seeds 0 --lr 8e-3 --budget 5.526e12 --only dense_half
-    python experiments/ablate.py --seeds 0 --lr 8e-3 --budget 1.065e13 --only dense_full     as many steps
+    python experiments/ablate.py --seeds 0 --budget 5.526e12 --only dense_half
+    python experiments/ablate.py --seeds 0 --budget 1.065e13 --only dense_full     as many steps
     python experiments/depth_gain.py --half out/ablate/dense_half... --full out/ablate/dense_full... --mod out/mod
 
 A token's gain is what it loses less in the full model than in its half. A small network learns to foresee it from
