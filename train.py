@@ -407,14 +407,13 @@ def train(config):
         try:
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-            loss_count, spent = checkpoint["loss_count"], checkpoint["seconds"]
+            step, loss_count, spent = checkpoint["step"], checkpoint["loss_count"], checkpoint["seconds"]
             loss_sum += torch.tensor(checkpoint["loss_sum"], device=device)
         except (KeyError, ValueError) as error:
             raise UserError(
                 f"{out / 'ckpt.pt'} is not of this version of train.py ({error}); go back to that version, or train "
                 f"again with `python train.py --overwrite --out {shlex.quote(str(out))}`"
             ) from error
-        step = checkpoint["step"]
         if step >= steps:
             budget = "--steps" if config.flops is None else "--flops"
             raise UserError(

@@ -52,7 +52,7 @@ def check_sizes(args):
                 raise UserError(f"--n_embd {number} must be a multiple of 64, the size of a head")
             if name == "n_layer" and number < 2:
                 raise UserError("--n_layer 1 has no routed block, which the second one would be")
-            if name == "context" and number < args.num_tokens + 12:
+            if name == "context" and number < args.num_tokens + 12:  # bench_cuda.py needs so many
                 raise UserError(f"--context {number} must be at least --num_tokens + 12, since a prompt comes first")
 
 
