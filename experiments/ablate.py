@@ -10,7 +10,7 @@ is patched in here, so that mod.py and train.py stay what they are.
 import math
 import sys
 from pathlib import Path
-from statistics import fmean
+from statistics import NormalDist, fmean
 
 import torch
 
@@ -230,6 +230,20 @@ def depth_gain():
     given(saved_choice())
 
 
+def gaussian(gate):
+    """The paper's random control: each token's router weight is drawn from a Gaussian, ranks it and gates it. Causally a
+    token is taken with probability capacity, as r then exceeds that quantile. Goes with routing=random, where nothing
+    learns to choose."""
+
+    def score(block, x):
+        r = torch.randn(x.shape[:2], device=x.device)
+        return r, r - NormalDist().inv_cdf(1 - block.config.capacity)
+
+    mod.RoutedBlock.score = score
+    mod.RoutedBlock.rank = lambda block, r: r
+    mod.RoutedBlock.gate = lambda block, r: gate(r)
+
+
 def choice_weight(weight):
     """The loss that teaches the router to foresee its choice counts that much."""
     train.choice_loss = lambda route: weight * mod.choice_loss(route)
@@ -278,6 +292,11 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has only the unrouted
     "all_pairs_turn": ({}, all_pairs_turn),
     "all_pairs_turn_dense_half": ({"capacity": 1}, all_pairs_turn),
     "muon": ({}, muon_for_all),
+    "muon_random": ({"routing": "random"}, muon_for_all),
+    "gaussian_raw": ({"routing": "random"}, lambda: gaussian(lambda r: r)),
+    "gaussian_sigmoid": ({"routing": "random"}, lambda: gaussian(torch.sigmoid)),
+    "muon_gaussian_raw": ({"routing": "random"}, lambda: (muon_for_all(), gaussian(lambda r: r))),
+    "muon_gaussian_sigmoid": ({"routing": "random"}, lambda: (muon_for_all(), gaussian(torch.sigmoid))),
     "adamw": ({}, muon_for_none),
     "adamw_dense_half": ({"capacity": 1}, muon_for_none),
     "detached": ({}, detached),
