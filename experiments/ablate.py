@@ -231,7 +231,7 @@ def depth_gain():
 
 
 def gaussian(gate):
-    """The paper's random control: each token's router weight is drawn from a Gaussian, ranks it and gates it. Causally a
+    """The paper's random control: a token's router weight is drawn from a Gaussian, ranks it and gates it. Causally a
     token is taken with probability capacity, as r then exceeds that quantile. Goes with routing=random, where nothing
     learns to choose."""
 
