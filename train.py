@@ -5,7 +5,7 @@
     python train.py --resume                            goes on where the run in out/mod was stopped
     torchrun --nproc_per_node=2 train.py                the same run on two devices
 
-Writes out/NAME/ckpt.pt and out/NAME/log.jsonl. Losses are nats per token.
+Writes out/NAME/ckpt.pt and out/NAME/log.jsonl. Losses are nats per token. Read train() first.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,8 +28,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mod import CHOICES, Block, MoD, MoDConfig, choice_loss
-from prepare_data import UserError, get_tokenizer, load_data, make_parser, option, prepare, run, write_together
+from mod import CHOICES, Block, MoD, MoDConfig, choice_loss, flops_per_token
+from prepare_data import UserError, get_tokenizer, load_data, make_parser, option, prepare, write_atomic
+from prepare_data import run as run_program
 
 # Sizes and rates that TrainConfig leaves None. cpu: minutes on two cores. gpu: as wide as nanoGPT's baby GPT, and four
 # times through the default text. (Wide routed blocks want a lower rate: AdamW's steps, unlike Muon's, grow with a
@@ -52,8 +53,8 @@ class TrainConfig:
     capacity: float = option(0.125, "share of a sequence that a routed block takes; 1 is the dense baseline")
     route_every: int = option(2, "every N-th block is routed")
     routing: str = option("topk", "random is the control: a choice blind to the router", CHOICES["routing"])
-    causal: str = option("router", "who chooses without the future, when sampling", CHOICES["causal"])
     gate: str = option("sigmoid", "what scales a routed block's output; raw is the paper's", CHOICES["gate"])
+    predictor: bool = option(False, "a small MLP beside the router, not the router, makes the causal choice")
     n_layer: int | None = option(None, "blocks, routed ones included (default: by preset)")
     n_head: int | None = option(None, "attention heads (default: by preset)")
     n_embd: int | None = option(None, "width (default: by preset)")
@@ -80,7 +81,7 @@ FREE_ON_RESUME = ("data", "out", "device", "dtype", "compile", "accumulate", "re
 EVAL_TOKENS, FINAL_EVAL_TOKENS = 2**14, 2**17  # validation tokens used, during the run and at its end
 
 # ---------------------------------------------------------------------------------------------------------
-# The parts of a training step
+# One training step
 
 
 def windows(data, starts, length):
@@ -104,83 +105,6 @@ def get_batch(data, block_size, batch_size, seed, step):
     return tokens[:, :-1], tokens[:, 1:]
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, whose every step has singular values near 1 (https://kellerjordan.github.io/posts/muon/): for matrices.
-
-    As torch.optim.Muon with steps as large as AdamW's; but that one multiplies in bfloat16, which takes a CPU without
-    instructions for it ten to twenty times as long.
-    """
-
-    def __init__(self, groups, lr=1e-3, momentum=0.95, weight_decay=0.1):
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                mean = self.state[p]["momentum_buffer"]
-                mean.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalize(p.grad.lerp(mean, group["momentum"]))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
-
-
-def orthogonalize(matrix):
-    """A matrix of the same singular vectors, with values of about 0.7 to 1.2: five Newton-Schulz iterations."""
-    x = matrix if matrix.device.type == "cpu" else matrix.bfloat16()
-    if tall := x.size(0) > x.size(1):
-        x = x.T
-    x = x / x.norm().clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return (x.T if tall else x).to(matrix.dtype)
-
-
-def muon_matrices(model):
-    """The matrices of the dense blocks, a list of parameters."""
-    dense = (block for block in model.blocks if isinstance(block, Block))
-    return [p for block in dense for p in block.parameters() if p.dim() == 2]
-
-
-def make_optimizers(model, router_lr_scale, routed_lr_scale, weight_decay):
-    """Muon for the matrices of the dense blocks, AdamW for the rest; "scale" multiplies a group's learning rate.
-
-    Muon costs the same whatever the batch: little for a block that sees every token, more than the block's own FLOPs
-    for one that sees an eighth.
-    """
-    muon = muon_matrices(model)
-    of_muon = set(map(id, muon))
-    rest = [(name, p) for name, p in model.named_parameters() if id(p) not in of_muon]
-    routers = [p for name, p in rest if ".router." in name]
-    routed = [p for name, p in rest if ".block." in name]
-    others = [p for name, p in rest if ".router." not in name and ".block." not in name]
-    groups = [
-        {"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay, "scale": 1.0},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "scale": 1.0},
-        {"params": routed, "weight_decay": weight_decay, "scale": routed_lr_scale},
-        {"params": routers, "weight_decay": 0.0, "scale": router_lr_scale},
-    ]
-    fused = next(model.parameters()).device.type in ("cuda", "cpu")
-    adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=fused)
-    if not muon:  # every block is routed
-        return [adamw]
-    return [Muon([{"params": muon, "weight_decay": weight_decay, "scale": 1.0}]), adamw]
-
-
-def dense_flops(config, T):
-    """What flops_per_token is for a dense model of the same shape."""
-    return dataclasses.replace(config, capacity=1.0).flops_per_token(T)
-
-
-def step_flops(model, tokens):
-    """FLOPs of a training step: 3 x forward, and Muon's five Newton-Schulz iterations, whatever the batch."""
-    muon = sum(5 * (4 * m * m * n + 2 * m**3) for m, n in (sorted(p.shape) for p in muon_matrices(model)))
-    return 3 * model.config.flops_per_token(model.config.block_size) * tokens + muon
-
-
 def learning_rate(step, steps, peak):
     """Linear warm-up over the first hundredth (at least 20 steps), then a line down to 0 (arXiv:2502.15938)."""
     warmup = min(max(20, steps // 100), steps)
@@ -188,6 +112,33 @@ def learning_rate(step, steps, peak):
         return peak * (step + 1) / warmup
     progress = (step - warmup) / (steps - warmup)
     return peak * (1 - progress)
+
+
+def training_step(run, network, train_data, team):
+    """One optimizer step of network: run's model, perhaps compiled and distributed. Adds its losses to the run's."""
+    config = run.config
+    rate = learning_rate(run.step, run.steps, config.lr)
+    for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
+        group["lr"] = rate * group["scale"]
+    x, y = map(team.share, get_batch(train_data, config.block_size, config.batch_size, config.seed, run.step))
+    # Random routing's noise is of this step and device.
+    torch.manual_seed((config.seed << 32) + run.step * team.world + team.rank)
+    for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate), strict=True):
+        with run.autocast():
+            _, loss, route = network(x_part, y_part)
+        choice = choice_loss(route) if run.learns_to_choose else torch.zeros_like(loss)
+        ((loss + choice) / config.accumulate).backward()
+        run.loss_sum += torch.stack((loss, choice)).detach() / config.accumulate
+    for parameters in run.clipped_apart:
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for optimizer in run.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    run.step, run.loss_count = run.step + 1, run.loss_count + 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Evaluation
 
 
 @torch.no_grad()
@@ -226,52 +177,181 @@ def evaluate(model, data, tokens, autocast):
     return result
 
 
+def report(result, steps, bytes_per_token):
+    """One line of text for an evaluation."""
+    bits = result["val_causal"] / math.log(2) / bytes_per_token
+    timing = result["timing"]
+    left = timing["seconds"] / result["step"] * (steps - result["step"])
+    return (
+        f"step {result['step']:,} ({result['step'] / steps:.0%})  loss {result['loss']:.4f}  "
+        f"val {result['val_causal']:.4f} ({bits:.3f} bits per byte)  "
+        f"{timing['tokens_per_second']:,.0f} tokens/s  {left:.0f} s left"
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------
-# Checkpoints
+# What a run is, and its checkpoint
+
+
+class Run:
+    """All that a checkpoint holds: model, optimizers, step, losses since the last evaluation, clock and log."""
+
+    def __init__(self, config, meta, device):
+        """A new run of a TrainConfig on data with this meta. Raises UserError for sizes that can't work."""
+        shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(MoDConfig) if f.name != "vocab_size"}
+        torch.manual_seed(config.seed)
+        try:
+            self.model = MoD(MoDConfig(vocab_size=meta["vocab_size"], **shape)).to(device)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.config, self.meta = config, meta
+        self.optimizers = make_optimizers(
+            self.model, config.router_lr_scale, config.routed_lr_scale, config.weight_decay
+        )
+        self.step, self.log = 0, []
+        self.loss_sum, self.loss_count = torch.zeros(2, device=device), 0  # language model's and choice's
+        self.started = time.perf_counter()  # less the seconds before a resumption
+
+        self.n_params = sum(p.numel() for p in self.model.parameters())
+        self.tokens_per_step = config.batch_size * config.block_size
+        self.flops_per_step = step_flops(self.model, self.tokens_per_step)
+        self.steps = config.steps or int(config.flops // self.flops_per_step)
+        if self.steps < 1:
+            raise UserError(f"--flops {config.flops:.3g} is less than one step, {self.flops_per_step:.3g}")
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+        self.learns_to_choose = config.routing == "topk" and len(self.model.config.routed_layers) > 0
+        # In one norm, the gradients of what learns to choose would shrink the body's step, and so change the language
+        # model.
+        parts = {"router": [], "predictor": [], "body": []}
+        for name, p in self.model.named_parameters():
+            parts[next((part for part in parts if f".{part}." in name), "body")].append(p)
+        self.clipped_apart = list(parts.values())
+
+    def resume(self, checkpoint):
+        """Go on from a checkpoint. Raises UserError if it can't be read, or has nothing left to do."""
+        out = self.config.out
+        with reading_checkpoint(out):
+            self.model.load_state_dict(checkpoint["model"])
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            self.step, self.log, self.loss_count = (checkpoint[name] for name in ("step", "log", "loss_count"))
+            self.loss_sum += torch.tensor(checkpoint["loss_sum"], device=self.loss_sum.device)
+            self.started -= checkpoint["seconds"]
+        if self.step >= self.steps:
+            budget = "--steps" if self.config.flops is None else "--flops"
+            raise UserError(
+                f"{out} has done {self.step} of {self.steps} steps; ask for more with {budget} to go on (the learning "
+                "rate rises again: it will not be the run that would have had so many from the start)"
+            )
+
+    @property
+    def seconds(self):
+        return time.perf_counter() - self.started
+
+    def save(self):
+        """Write ckpt.pt, whole or not at all, and log.jsonl, which is made of what ckpt.pt holds."""
+        checkpoint = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "config": dataclasses.asdict(self.model.config),
+            "train": dataclasses.asdict(self.config),
+            "meta": self.meta,
+            "step": self.step,
+            "loss_sum": self.loss_sum.tolist(),
+            "loss_count": self.loss_count,
+            "seconds": self.seconds,
+            "log": self.log,
+        }
+        whole = io.BytesIO()  # written straight to a full disk, torch.save would hide the OSError that says so
+        torch.save(checkpoint, whole)
+        with write_atomic(Path(self.config.out) / "ckpt.pt") as file:
+            file.write(whole.getbuffer())
+        self.write_log()
+
+    def write_log(self):
+        """A line of JSON about the run, then one for each evaluation."""
+        header = {
+            "train": dataclasses.asdict(self.config),
+            "model": dataclasses.asdict(self.model.config),
+            "params": self.n_params,
+            "steps": self.steps,
+            "data_sha256": self.meta["sha256"],
+            "torch": torch.__version__,
+        }
+        with write_atomic(Path(self.config.out) / "log.jsonl") as file:
+            file.write("".join(json.dumps(entry) + "\n" for entry in (header, *self.log)).encode())
+
+    def mean_losses(self, team):
+        """The two losses, means over the steps since the last evaluation and the devices. Raises UserError if they are
+        not finite, before such a model is saved."""
+        team.mean_(self.loss_sum)
+        return self.finite((self.loss_sum / max(1, self.loss_count)).tolist())
+
+    def finite(self, losses):
+        if not all(map(math.isfinite, losses)):
+            raise UserError(
+                f"the loss is {sum(losses)} by step {self.step}; nothing since the last save was saved: "
+                f"{Path(self.config.out) / 'ckpt.pt'} is as it was. Try a lower --lr"
+            )
+        return losses
+
+    def evaluate(self, losses, val_data, tokens_per_second):
+        """Add an entry to the log; losses are mean_losses'."""
+        entry = {"step": self.step, "flops": self.step * self.flops_per_step, "loss": losses[0]}
+        if self.learns_to_choose:
+            entry["choice_loss"] = losses[1]
+        self.model.eval()
+        tokens = EVAL_TOKENS if self.step < self.steps else FINAL_EVAL_TOKENS
+        entry |= evaluate(self.model, val_data, tokens, self.autocast)
+        self.model.train()
+        self.finite([entry["val_topk"], entry["val_causal"]])
+        entry["timing"] = {"tokens_per_second": tokens_per_second, "seconds": self.seconds}
+        self.log.append(entry)
+
+    def forget_losses(self):
+        self.loss_sum.zero_()
+        self.loss_count = 0
+
+
+@contextmanager
+def reading_checkpoint(out):
+    """Make one UserError of whatever a truncated, foreign or older checkpoint raises."""
+    try:
+        yield
+    except OSError:  # says itself what is wrong
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"{Path(out) / 'ckpt.pt'} is damaged, or not of this version of mod.py and train.py ({reason}); go back to "
+            f"that version, or train again with `python train.py --overwrite --out {shlex.quote(str(out))}`"
+        ) from error
+
+
+def read_checkpoint(out):
+    """The dict that Run.save wrote into out, on the CPU. Raises UserError if there is none or it can't be read."""
+    path = Path(out) / "ckpt.pt"
+    if not path.exists():
+        raise UserError(f"no checkpoint {path}; train one with `python train.py --out {shlex.quote(str(out))}`")
+    with reading_checkpoint(out):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["train"] = dataclasses.asdict(TrainConfig(**checkpoint["train"]))  # a flag may be newer than the run
+        return checkpoint
 
 
 def load_checkpoint(out, device):
-    """The model in out/ckpt.pt, on device and in eval mode, and the checkpoint, a dict: config, train, step, ...
-
-    Raises UserError if there is none or it is not a whole checkpoint of this program.
-    """
-    path = Path(out) / "ckpt.pt"
-    quoted = shlex.quote(str(out))
-    if not path.exists():
-        raise UserError(f"no checkpoint {path}; train one with `python train.py --out {quoted}`")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:  # says itself what is wrong
-        raise
-    except Exception as error:  # whatever a truncated or foreign file makes torch.load raise
-        raise UserError(
-            f"{path} is damaged or no checkpoint ({type(error).__name__}); "
-            f"train again with `python train.py --overwrite --out {quoted}`"
-        ) from error
-    try:
+    """The model in out/ckpt.pt, on device and in eval mode, and the checkpoint, a dict. Raises UserError as
+    read_checkpoint does."""
+    checkpoint = read_checkpoint(out)
+    with reading_checkpoint(out):
         model = MoD(MoDConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
-        checkpoint["train"] = dataclasses.asdict(TrainConfig(**checkpoint["train"]))  # a flag may be newer than the run
         checkpoint["meta"], checkpoint["step"]
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{path} is not of this version of mod.py and train.py ({type(error).__name__}: {reason}); "
-            f"go back to that version, or train again with `python train.py --overwrite --out {quoted}`"
-        ) from error
     return model.to(device).eval(), checkpoint
 
 
-def read_log(out, step):
-    """The evaluations in out/log.jsonl up to a step. Raises UserError if it is damaged."""
-    path = out / "log.jsonl"
-    if not path.exists():
-        return []
-    try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [entry for entry in entries if entry.get("step", math.inf) <= step]  # the first line has none
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); move it away to go on with a new log") from error
+# ---------------------------------------------------------------------------------------------------------
+# Who else is running
 
 
 def pick_device(name):
@@ -287,8 +367,93 @@ def pick_device(name):
         raise UserError(f"device {name!r} can't be used here; cpu always can") from error
 
 
+class Team:
+    """The processes that train together, a device each: this one alone, or as many as torchrun started."""
+
+    def __init__(self, device_name):
+        self.device = pick_device(device_name)
+        try:
+            self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+            if not 0 <= self.rank < self.world:
+                raise ValueError(f"RANK is {self.rank}, WORLD_SIZE {self.world}")
+            if self.world > 1:
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        except ValueError as error:
+            raise UserError(
+                f"the environment is no whole one of torchrun's ({error}); start with torchrun, or unset RANK and "
+                "WORLD_SIZE to train in one process"
+            ) from error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        if self.world > 1:
+            if error is None:
+                dist.barrier()  # the others wait for the last evaluation: a group must not end under it
+            dist.destroy_process_group()
+
+    @property
+    def leads(self):
+        return self.rank == 0
+
+    def wrap(self, network):
+        return DistributedDataParallel(network) if self.world > 1 else network
+
+    def share(self, tokens):
+        """This device's rows of a batch."""
+        return tokens[self.rank :: self.world].to(self.device)
+
+    def mean_(self, tensor):
+        """Replace tensor by its mean over the devices."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+            tensor.div_(self.world)
+
+    def any(self, flag):
+        flag = torch.tensor(float(flag), device=self.device) if self.world > 1 else flag
+        if self.world > 1:
+            dist.all_reduce(flag)
+        return bool(flag)
+
+    def say(self, text):
+        if self.leads:
+            with suppress(OSError):  # who reads along may leave, or close the terminal; the run goes on
+                print(text, file=sys.stderr, flush=True)
+
+
 # ---------------------------------------------------------------------------------------------------------
-# The run
+# Being asked to stop
+
+
+class StopSignals:
+    """Within it, Ctrl-C, SIGTERM and a terminal that closes set asked; the second of a kind ends the program at once.
+    What the program was started to ignore, as nohup does with SIGHUP, it ignores."""
+
+    def __init__(self, say):
+        self.asked, self.say, self.before = False, say, {}
+
+    def __enter__(self):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self.ask)
+        return self
+
+    def ask(self, number, _):
+        self.asked = True
+        self.say("stopping after this step; once more to stop at once, without saving")
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The command
 
 
 def fill_in(config, device):
@@ -319,260 +484,111 @@ def check(config, world):
             raise UserError(f"--{name} {getattr(config, name)} must be 0 or above")
     if not 0 <= config.seed < 2**31:
         raise UserError(f"--seed {config.seed} must be from 0 to 2**31 - 1")
-    if config.resume and config.overwrite:
-        raise UserError("--resume goes on with the run in --out, --overwrite begins another; give one of them")
     if config.steps is not None and config.flops is not None:
         raise UserError("--steps and --flops are two budgets; give one of them")
-    if config.compile and config.device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-        raise UserError("--compile on a CPU needs a C++ compiler, and there is none on the PATH; take --no-compile")
     if config.batch_size % (world * config.accumulate):
         raise UserError(
             f"--batch_size {config.batch_size} doesn't divide into {world} device(s) x --accumulate {config.accumulate}"
         )
+    if config.compile and config.device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        raise UserError("--compile on a CPU needs a C++ compiler, and there is none on the PATH; take --no-compile")
 
 
-def report(result, steps, bytes_per_token):
-    """One line of text for an evaluation."""
-    bits = result["val_causal"] / math.log(2) / bytes_per_token
-    timing = result["timing"]
-    left = timing["seconds"] / result["step"] * (steps - result["step"])
-    line = (
-        f"step {result['step']:,} ({result['step'] / steps:.0%})  loss {result['loss']:.4f}  "
-        f"val causal {result['val_causal']:.4f} ({bits:.3f} bits per byte)"
-    )
-    if "agree" in result:
-        percent = {name: "/".join(f"{100 * x:.0f}" for x in result[name]) for name in ("agree", "recall", "share")}
-        line += (
-            f" top-k {result['val_topk']:.4f}  agree {percent['agree']} recall {percent['recall']} "
-            f"share {percent['share']} %"
-        )
-    return f"{line}  {timing['tokens_per_second']:,.0f} tokens/s  {left:.0f} s left"
-
-
-def train(config):
-    """One run, from a TrainConfig: trains, evaluates, saves. Returns the last evaluation, a dict, or None if stopped.
-
-    Raises UserError for a configuration or data that can't work, and when the loss is no longer finite.
-    """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    main_process = rank == 0
-    device = pick_device(config.device)
-    if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    config = fill_in(config, device)
-    check(config, world)
+def check_out(config):
+    """Raise UserError if --out can't take this run."""
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; --out takes a folder")
-    checkpoint = None
-    if config.resume:
-        model, checkpoint = load_checkpoint(out, device)
-    elif (out / "ckpt.pt").exists() and not config.overwrite:
+    if config.resume and config.overwrite:
+        raise UserError("--resume goes on with the run in --out, --overwrite begins another; give one of them")
+    if (out / "ckpt.pt").exists() and not (config.resume or config.overwrite):
         raise UserError(f"{out} holds a run; go on with --resume, replace it with --overwrite, or name another --out")
-    train_data, val_data, meta = load_data(config.data, checkpoint and checkpoint["meta"])
+
+
+def open_data(config, meta):
+    """The data of a run: (train, val, meta). meta is what a resumed run began with, or None. Raises UserError."""
+    train_data, val_data, meta = load_data(config.data, meta)
     if min(len(train_data), len(val_data)) <= config.block_size:
         raise UserError(
             f"--block_size {config.block_size} needs more tokens for validation than the {len(val_data)} of "
             f"{config.data}; take a shorter context or more text"
         )
-    shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(MoDConfig) if f.name != "vocab_size"}
-    try:
-        model_config = MoDConfig(vocab_size=meta["vocab_size"], **shape)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if not checkpoint:
-        torch.manual_seed(config.seed)
-        model = MoD(model_config).to(device)
-    model.train()
+    return train_data, val_data, meta
 
-    tokens_per_step = config.batch_size * config.block_size
-    flops_per_step = step_flops(model, tokens_per_step)
-    steps = config.steps or int(config.flops // flops_per_step)
-    if steps < 1:
-        raise UserError(f"--flops {config.flops:.3g} is less than one step, {flops_per_step:.3g}")
-    eval_interval = config.eval_interval or max(1, steps // 10)
-    learns_to_choose = config.routing == "topk" and len(model_config.routed_layers) > 0
 
-    # Clipped apart: in one norm, the gradients of what learns to choose would shrink the body's step, and so change the
-    # language model.
-    routers = [p for name, p in model.named_parameters() if ".router." in name]
-    predictors = [p for name, p in model.named_parameters() if ".predictor." in name]
-    body = [p for name, p in model.named_parameters() if ".router." not in name and ".predictor." not in name]
-    optimizers = make_optimizers(model, config.router_lr_scale, config.routed_lr_scale, config.weight_decay)
-    step, spent = 0, 0.0
-    loss_sum, loss_count = torch.zeros(2, device=device), 0  # language model's and choice's, since the last report
-    if checkpoint:
-        try:
-            for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            step, loss_count, spent = checkpoint["step"], checkpoint["loss_count"], checkpoint["seconds"]
-            loss_sum += torch.tensor(checkpoint["loss_sum"], device=device)
-        except (KeyError, ValueError) as error:
-            raise UserError(
-                f"{out / 'ckpt.pt'} is not of this version of train.py ({error}); go back to that version, or train "
-                f"again with `python train.py --overwrite --out {shlex.quote(str(out))}`"
-            ) from error
-        if step >= steps:
-            budget = "--steps" if config.flops is None else "--flops"
-            raise UserError(
-                f"{out} has done {step} of {steps} steps; ask for more with {budget} to go on (the learning rate rises "
-                "again: it will not be the run that would have had so many from the start)"
-            )
-
-    network = torch.compile(model, fullgraph=True) if config.compile else model
-    if world > 1:
-        network = DistributedDataParallel(network)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
-
-    def say(text):
-        if main_process:
-            with suppress(OSError):  # who reads along may leave, or close the terminal; the run goes on
-                print(text, file=sys.stderr, flush=True)
-
-    def any_rank(flag):
-        if world == 1:
-            return bool(flag)
-        flag = torch.tensor(float(bool(flag)), device=device)
-        dist.all_reduce(flag)
-        return flag.item() > 0
-
-    def finite(losses):
-        """The losses, if they all are finite; else UserError, before such a model is saved."""
-        if not all(map(math.isfinite, losses)):
-            raise UserError(
-                f"the loss is {sum(losses)} by step {step}; nothing since the last save was saved: "
-                f"{out / 'ckpt.pt'} is as it was. Try a lower --lr"
-            )
-        return losses
-
-    def mean_losses():
-        """Of the steps since the last report; loss_sum is the mean over the devices then, and may be saved."""
-        if world > 1:
-            dist.all_reduce(loss_sum)
-            loss_sum.div_(world)
-        return finite((loss_sum / max(1, loss_count)).tolist())
-
-    def save():
-        if not main_process:
-            return
-        checkpoint = {
-            "model": model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "config": dataclasses.asdict(model_config),
-            "train": dataclasses.asdict(config),
-            "meta": meta,
-            "step": step,
-            "loss_sum": loss_sum.tolist(),
-            "loss_count": loss_count,
-            "seconds": spent + time.perf_counter() - start,
-        }
-        whole = io.BytesIO()  # written straight to a full disk, torch.save would hide the OSError that says so
-        torch.save(checkpoint, whole)
-        lines = "".join(json.dumps(entry) + "\n" for entry in log).encode()
-        # The log first: if the run is killed between the two, read_log drops the line that the checkpoint lacks.
-        write_together({out / "log.jsonl": lines, out / "ckpt.pt": whole.getbuffer()})
-
-    n_params = sum(p.numel() for p in model.parameters())
-    relative = model_config.flops_per_token(config.block_size) / dense_flops(model_config, config.block_size)
-    say(f"{device}, {config.dtype}, torch {torch.__version__}, {'compiled' if config.compile else 'eager'}")
-    say(" ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items() if value is not None))
-    say(
-        f"{n_params:,} parameters; {steps:,} steps of {tokens_per_step:,} tokens, {steps * flops_per_step:.3g} "
-        f"training FLOPs; a token costs {relative:.2f} of what a dense model of this shape spends on it"
+def describe(run):
+    """What is about to be trained, three lines of text."""
+    config, shape, size = run.config, run.model.config, run.config.block_size
+    how = "compiled" if config.compile else "eager"
+    relative = flops_per_token(shape, size) / dense_flops(shape, size)
+    return "\n".join(
+        (
+            f"{run.loss_sum.device}, {config.dtype}, torch {torch.__version__}, {how}",
+            " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items() if value is not None),
+            f"{run.n_params:,} parameters; {run.steps:,} steps of {run.tokens_per_step:,} tokens, "
+            f"{run.steps * run.flops_per_step:.3g} training FLOPs; a token costs {relative:.2f} of what a dense model "
+            "of this shape spends on it",
+        )
     )
-    log = [{"train": dataclasses.asdict(config), "model": dataclasses.asdict(model_config), "params": n_params,
-            "steps": steps, "data_sha256": meta["sha256"], "torch": torch.__version__}]  # fmt: skip
+
+
+def train(config, team, checkpoint=None):
+    """One run, a new one or what a checkpoint began: trains, evaluates, saves. Returns the Run; it was asked to stop if
+    its step is below its steps.
+
+    Raises UserError for a configuration or data that can't work, and when the loss is no longer finite.
+    """
+    config = fill_in(config, team.device)
+    check(config, team.world)
+    check_out(config)
+    train_data, val_data, meta = open_data(config, checkpoint and checkpoint["meta"])
+    run = Run(config, meta, team.device)
     if checkpoint:
-        log += read_log(out, step)
+        run.resume(checkpoint)
+    network = team.wrap(torch.compile(run.model, fullgraph=True) if config.compile else run.model)
+    eval_interval = config.eval_interval or max(1, run.steps // 10)
+    team.say(describe(run))
+    if team.leads:
+        run.write_log()  # fails now, if it must, not when there is something to lose
 
-    out.mkdir(parents=True, exist_ok=True)  # fails now, if it must, not when there is something to lose
-
-    # Ctrl-C and SIGTERM: finish the step, save, and leave.
-    stopping = []
-
-    def stop(number, _):
-        stopping.append(True)
-        say("stopping after this step; once more to stop at once, without saving")
-        signal.signal(number, handlers[number])
-
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    start = tick = time.perf_counter()
-    timed_tokens = 0
-    part = slice(rank, None, world)
-    try:
-        while step < steps and not any_rank(stopping):
-            rate = learning_rate(step, steps, config.lr)
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = rate * group["scale"]
-            x, y = get_batch(train_data, config.block_size, config.batch_size, config.seed, step)
-            x, y = x[part].to(device), y[part].to(device)
-            # Random routing's noise is of this step and device.
-            torch.manual_seed((config.seed << 32) + step * world + rank)
-            for x_part, y_part in zip(x.chunk(config.accumulate), y.chunk(config.accumulate), strict=True):
-                with autocast():
-                    _, loss, route = network(x_part, y_part)
-                choice = choice_loss(route) if learns_to_choose else torch.zeros_like(loss)
-                ((loss + choice) / config.accumulate).backward()
-                loss_sum += torch.stack((loss, choice)).detach() / config.accumulate
-            for parameters in (body, routers, predictors):
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            step, loss_count, timed_tokens = step + 1, loss_count + 1, timed_tokens + tokens_per_step
-            if step % eval_interval and step < steps:
+    with StopSignals(team.say) as stop:
+        timer = time.perf_counter(), run.step
+        while run.step < run.steps and not team.any(stop.asked):
+            training_step(run, network, train_data, team)
+            if run.step % eval_interval and run.step < run.steps:
                 continue
-
-            train_loss, learned_choice = mean_losses()  # waits for the device: the timing below is right
-            seconds = time.perf_counter() - tick
-            loss_sum.zero_()
-            loss_count = 0
-            result = {"step": step, "flops": step * flops_per_step, "loss": train_loss}
-            if learns_to_choose:
-                result["choice_loss"] = learned_choice
-            if main_process:
-                model.eval()
-                result |= evaluate(model, val_data, EVAL_TOKENS if step < steps else FINAL_EVAL_TOKENS, autocast)
-                model.train()
-                finite([result["val_topk"], result["val_causal"]])
-                elapsed = spent + time.perf_counter() - start
-                speed = timed_tokens / seconds
-                result["timing"] = {"tokens_per_second": speed, "seconds": elapsed}
-                log.append(result)
-                save()
-                say(report(result, steps, meta["bytes_per_val_token"]))
-            tick, timed_tokens = time.perf_counter(), 0
-        if world > 1:
-            dist.barrier()  # the others wait for the last evaluation: a process group must not end under it
-        if step < steps:
-            mean_losses()  # over the devices, and nothing is saved unless they are finite
-            save()
-            say(f"stopped at step {step}, saved; go on with `python train.py --resume --out {shlex.quote(str(out))}`")
-            return None
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if world > 1:
-            network = None  # before the group that it uses, or a thread of gloo may outlive both and abort
-            dist.destroy_process_group()
-    return result
+            losses = run.mean_losses(team)  # waits for the device: the timing is right
+            speed = (run.step - timer[1]) * run.tokens_per_step / (time.perf_counter() - timer[0])
+            run.forget_losses()
+            if team.leads:
+                run.evaluate(losses, val_data, speed)
+                run.save()
+                team.say(report(run.log[-1], run.steps, meta["bytes_per_val_token"]))
+            timer = time.perf_counter(), run.step
+        if run.step < run.steps:
+            run.mean_losses(team)  # nothing is saved unless they are finite
+            if team.leads:
+                run.save()
+            again = f"python train.py --resume --out {shlex.quote(config.out)}"
+            team.say(f"stopped at step {run.step}, saved; go on with `{again}`")
+    return run
 
 
 def resumed(given, out):
-    """The configuration of the run in out, with the flags given. UserError for one that would make another run."""
-    saved = load_checkpoint(out, "cpu")[1]["train"]
+    """Of the run in out: its configuration, with the flags given, and its checkpoint. Raises UserError for a flag that
+    would make another run."""
+    checkpoint = read_checkpoint(out)
+    saved = checkpoint["train"]
     for name, value in given.items():
         larger = name in ("steps", "flops") and saved[name] is not None and value >= saved[name]
         if name not in FREE_ON_RESUME and value != saved[name] and not larger:
             can = "it can only be raised" if name in ("steps", "flops") and saved[name] else "leave it out"
             raise UserError(f"--{name} {value} differs from the run in {out}, which has {saved[name]}; {can}")
-    return TrainConfig(**{**saved, "overwrite": False, **given, "out": out})
+    return TrainConfig(**{**saved, "overwrite": False, **given, "out": out}), checkpoint
 
 
 def summarize(config, result):
-    """Say what the run has come to, and print a sample of its text."""
+    """Say what the run has come to, and print a sample of its text; result is its last evaluation."""
     model, checkpoint = load_checkpoint(config.out, pick_device(config.device))
     losses = f"{result['val_causal']:.4f}"
     if "agree" in result:
@@ -585,7 +601,7 @@ def summarize(config, result):
     tokenizer = get_tokenizer(checkpoint["meta"]["tokenizer"])
     prompt = torch.tensor([[tokenizer.eot_token]], device=model.rope.device)
     torch.manual_seed(config.seed)
-    tokens = [token.item() for token, *_ in model.generate(prompt, 400)]
+    tokens = [step.token.item() for step in model.generate(prompt, 400)]
     print(tokenizer.decode(tokens, errors="replace"))
     print(f"more of it: python sample.py --out {shlex.quote(config.out)}", file=sys.stderr)
 
@@ -594,27 +610,109 @@ def main(argv):
     parser = make_parser(TrainConfig, "Train a Mixture-of-Depths model, or its dense baseline (--capacity 1).")
     given = vars(parser.parse_args(argv))
     out = given.get("out", TrainConfig.out)
-    config = resumed(given, out) if given.get("resume") else TrainConfig(**given)
+    config, checkpoint = resumed(given, out) if given.get("resume") else (TrainConfig(**given), None)
     if config.data == TrainConfig.data and not (Path(config.data) / "meta.json").exists():  # it is written last
         prepare()
     try:
-        result = train(config)
+        with Team(config.device) as team:
+            run = train(config, team, checkpoint)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory ({str(error).splitlines()[0]}); take a smaller --batch_size, or --accumulate 2 or more"
         ) from error
-    rank = int(os.environ.get("RANK", 0))
-    if result and rank == 0:
-        summarize(config, result)
+    ended = run.step == run.steps
+    if team.leads and ended:
+        summarize(config, run.log[-1])
     # 130 as after any Ctrl-C, so that what was to follow the run does not. (But ranks above 0 leave with 0, or torchrun
     # would end the first while it saves.)
-    status = 130 if result is None and rank == 0 else 0
-    if "RANK" in os.environ:
+    status = 130 if team.leads and not ended else 0
+    if team.world > 1:
         sys.stdout.flush()
         os._exit(status)  # past the interpreter's end, which threads left by gloo abort now and then
     if status:
         sys.exit(status)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# FLOPs and optimizers
+
+
+def dense_flops(config, T):
+    """What flops_per_token is for a dense model of the same shape."""
+    return flops_per_token(dataclasses.replace(config, capacity=1.0), T)
+
+
+def step_flops(model, tokens):
+    """FLOPs of a training step: 3 x forward, and Muon's five Newton-Schulz iterations, whatever the batch."""
+    muon = sum(5 * (4 * m * m * n + 2 * m**3) for m, n in (sorted(p.shape) for p in muon_matrices(model)))
+    return 3 * flops_per_token(model.config, model.config.block_size) * tokens + muon
+
+
+def muon_matrices(model):
+    """The matrices of the dense blocks, a list of parameters."""
+    dense = (block for block in model.blocks if isinstance(block, Block))
+    return [p for block in dense for p in block.parameters() if p.dim() == 2]
+
+
+def make_optimizers(model, router_lr_scale, routed_lr_scale, weight_decay):
+    """Muon for the matrices of the dense blocks, AdamW for the rest; "scale" multiplies a group's learning rate."""
+    muon = muon_matrices(model)
+    of_muon = set(map(id, muon))
+    matrices, vectors, routed, routers = [], [], [], []
+    for name, p in model.named_parameters():
+        if id(p) in of_muon:
+            continue
+        group = routers if ".router." in name else routed if ".block." in name else matrices if p.dim() > 1 else vectors
+        group.append(p)
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay, "scale": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "scale": 1.0},
+        {"params": routed, "weight_decay": weight_decay, "scale": routed_lr_scale},
+        {"params": routers, "weight_decay": 0.0, "scale": router_lr_scale},
+    ]
+    fused = next(model.parameters()).device.type in ("cuda", "cpu")
+    adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=fused)
+    if not muon:  # every block is routed
+        return [adamw]
+    return [Muon([{"params": muon, "weight_decay": weight_decay, "scale": 1.0}]), adamw]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, whose every step has singular values near 1 (https://kellerjordan.github.io/posts/muon/): for matrices.
+
+    Why it is here: at these sizes it learns far more a step than AdamW, for dense and MoD alike. It costs the same
+    whatever the batch: little for a block that sees every token, more than the block's own FLOPs for one that sees an
+    eighth, so routed blocks have AdamW. It is torch.optim.Muon with steps as large as AdamW's; but that one multiplies
+    in bfloat16, which takes a CPU without instructions for it ten to twenty times as long.
+    """
+
+    def __init__(self, groups, lr=1e-3, momentum=0.95, weight_decay=0.1):
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                mean = self.state[p]["momentum_buffer"]
+                mean.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalize(p.grad.lerp(mean, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+def orthogonalize(matrix):
+    """A matrix of the same singular vectors, with values of about 0.7 to 1.2: five Newton-Schulz iterations."""
+    x = matrix if matrix.device.type == "cpu" else matrix.bfloat16()
+    if tall := x.size(0) > x.size(1):
+        x = x.T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.T if tall else x).to(matrix.dtype)
+
+
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

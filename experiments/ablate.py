@@ -36,11 +36,6 @@ def follow_progress():
     train.learning_rate = learning_rate
 
 
-def taken_of(block, r):
-    """1 where top-k by r takes a token, else 0, (B, T)."""
-    return torch.zeros_like(r).scatter(1, r.topk(block.config.k(r.size(1)), dim=1).indices, 1.0)
-
-
 def detached():
     """The router learns, but its gradient does not reach the residual stream."""
     score = mod.RoutedBlock.score
@@ -53,7 +48,7 @@ def centred():
 
     def changed(block, r):
         if block.training:
-            taken = taken_of(block, r)
+            _, taken = block.topk(r)
             mean = (r * taken).sum() / taken.sum()
             r = r + (mean.detach() - mean)
         return gate(block, r)
@@ -63,28 +58,16 @@ def centred():
 
 def noise_until(end):
     """Selection by r plus Gumbel noise, which fades from nothing but noise, at first, to none at progress end."""
-
-    def rank(block, r):
-        share = max(0.0, 1 - progress / end)
-        if not block.training or share == 0:
-            return r
-        gumbel = -torch.empty_like(r).exponential_().log()
-        return (1 - share) * r / (r.detach().std() + 1e-6) + share * gumbel
-
-    mod.RoutedBlock.rank = rank
-
-
-def price(nats):
-    """A taken token pays: its r is pushed down as if a gate of 1 cost that much, so that who gains nothing leaves."""
-    gate = mod.RoutedBlock.gate
+    topk = mod.RoutedBlock.topk
 
     def changed(block, r):
-        if block.training and r.requires_grad:
-            taken = taken_of(block, r)
-            r.register_hook(lambda grad: grad + nats / r.numel() * taken)
-        return gate(block, r)
+        share = max(0.0, 1 - progress / end)
+        if block.training and share > 0:
+            gumbel = -torch.empty_like(r).exponential_().log()
+            r = (1 - share) * r / (r.detach().std() + 1e-6) + share * gumbel
+        return topk(block, r)
 
-    mod.RoutedBlock.gate = changed
+    mod.RoutedBlock.topk = changed
 
 
 def total_gain(share):
@@ -99,7 +82,7 @@ def total_gain(share):
         if not block.training:
             return g
         tried = (torch.rand_like(g) < share).float()
-        taken = taken_of(block, r) * tried
+        taken = block.topk(r)[1] * tried
         mean = (r * taken).sum() / taken.sum().clamp(min=1)
         lever = (r + (mean.detach() - mean)).sigmoid()
         return g.detach() * (1 - tried * torch.rand_like(g)) + tried * (lever - lever.detach())
@@ -112,8 +95,7 @@ def raw_input():
 
     def score(block, x):
         seen = x.float()
-        r = block.router(seen).squeeze(-1)
-        return r, block.decide(seen, r)
+        return block.router(seen).squeeze(-1), (block.predictor or block.router)(seen.detach()).squeeze(-1)
 
     mod.RoutedBlock.score = score
 
@@ -143,47 +125,53 @@ def small_router(scale):
 
 def into_body():
     """The loss that teaches a router to foresee its choice reaches the residual stream, too, as in the paper."""
-    mod.RoutedBlock.decide = lambda block, seen, r: r
+    score = mod.RoutedBlock.score
+    mod.RoutedBlock.score = lambda block, x: (score(block, x)[0],) * 2
 
 
 def batch_topk():
-    """Top-k over all sequences of the batch at once: each has as many tokens taken as it deserves, not k. (The padding
+    """Top-k over all sequences of the batch at once: each has as many tokens taken as it deserves, not K. (The padding
     of those that have fewer is not counted.)"""
-    forward = mod.RoutedBlock.forward
 
-    def changed(block, x, rope, causal=False, threshold=0.0, cache=None):
-        assert block.predictor is None, "batch_topk is for --causal router: the threshold is one of r"
-        if not causal:
-            n = x.size(0) * block.config.k(x.size(1))
-            causal, threshold = True, block.score(x.detach())[0].flatten().topk(n + 1).values[-1]
-        return forward(block, x, rope, causal, threshold, cache)
+    def topk(block, r):
+        n = len(r) * max(1, round(block.capacity * r.size(1)))
+        return block.above(r, threshold=r.flatten().topk(n + 1).values[-1])
 
-    mod.RoutedBlock.forward = changed
+    mod.RoutedBlock.topk = topk
 
 
 def annealed(end):
     """Routed blocks take all tokens at first, then fewer, from progress end on their capacity. (A budget counts it.)"""
-    flops_per_token = mod.MoDConfig.flops_per_token
+    flops_per_token = mod.flops_per_token
 
     def share(config, progress):
         return config.capacity + (1 - config.capacity) * max(0.0, 1 - progress / end)
 
+    def set_capacity(model, idx):
+        for i in model.config.routed_layers:
+            model.blocks[i].capacity = share(model.config, progress)
+
     def mean_flops(config, T):
         return fmean(flops_per_token(config, T, share(config, i / 1000)) for i in range(1000))
 
-    mod.MoDConfig.k = lambda config, T: max(1, round(share(config, progress) * T))
-    mod.MoDConfig.flops_per_token = mean_flops
+    each_pass(set_capacity)
+    train.flops_per_token = mean_flops
 
 
-def each_forward(call):
-    """call(idx) before each forward of the model."""
-    forward = mod.MoD.forward
+def each_pass(call):
+    """call(model, idx) before each pass of a model, with all the text (B, T) that it has seen by then."""
+    forward, extend, text = mod.MoD.forward, mod.MoD.extend, []
 
-    def changed(model, idx, *args, **options):
-        call(idx)
+    def changed_forward(model, idx, *args, **options):
+        call(model, idx)
         return forward(model, idx, *args, **options)
 
-    mod.MoD.forward = changed
+    def changed_extend(model, idx, cache, *args):
+        text[cache.length :] = idx.unbind(1)
+        call(model, torch.stack(text, dim=1))
+        return extend(model, idx, cache, *args)
+
+    mod.MoD.forward, mod.MoD.extend = changed_forward, changed_extend
 
 
 def one_router():
@@ -195,17 +183,17 @@ def one_router():
             first.append(score(block, x))
         return first[0]
 
-    each_forward(lambda idx: first.clear())
+    each_pass(lambda model, idx: first.clear())
     mod.RoutedBlock.score = changed
 
 
 def given(choice, noise=0.0):
     """Nothing to learn: routed blocks take the tokens whose choice(idx), (B, T), is highest, with some noise, or,
     causally, above 0; with a gate of 1."""
-    text = {}
-    each_forward(lambda idx: text.update(logit=choice(idx)))
-    mod.RoutedBlock.decide = lambda block, seen, r: text["logit"][:, -r.size(1) :]
-    mod.RoutedBlock.rank = lambda block, r: block.decide(None, r) + noise * torch.rand_like(r)
+    logit, topk = {}, mod.RoutedBlock.topk
+    each_pass(lambda model, idx: logit.update(now=choice(idx)))
+    mod.RoutedBlock.score = lambda block, x: (logit["now"][:, -x.size(1) :],) * 2
+    mod.RoutedBlock.topk = lambda block, r: topk(block, r + noise * torch.rand_like(r))
     mod.RoutedBlock.gate = lambda block, r: torch.ones_like(r)
 
 
@@ -230,18 +218,17 @@ def depth_gain():
     given(saved_choice())
 
 
-def gaussian(gate):
+def gaussian():
     """The paper's random control: a token's router weight is drawn from a Gaussian, ranks it and gates it. Causally a
     token is taken with probability capacity, as r then exceeds that quantile. Goes with routing=random, where nothing
     learns to choose."""
 
     def score(block, x):
+        block.random = False  # topk ranks by this r
         r = torch.randn(x.shape[:2], device=x.device)
-        return r, r - NormalDist().inv_cdf(1 - block.config.capacity)
+        return r, r - NormalDist().inv_cdf(1 - block.capacity)
 
     mod.RoutedBlock.score = score
-    mod.RoutedBlock.rank = lambda block, r: r
-    mod.RoutedBlock.gate = lambda block, r: gate(r)
 
 
 def choice_weight(weight):
@@ -254,32 +241,16 @@ def muon_for_all():
     train.muon_matrices = lambda model: [p for b in model.blocks for p in getattr(b, "block", b).parameters()]
 
 
-def muon_for_none():
-    train.muon_matrices = lambda model: []
-
-
 def no_mix():
     """A token's embedding has nothing of the three before it."""
     init = mod.MoD.__init__
 
     def changed(model, config):
         init(model, config)
-        model.mix.data[:] = torch.tensor([0.0, 0.0, 0.0, 1.0])
+        model.mix.weight.data[:] = torch.tensor([0.0, 0.0, 0.0, 1.0])
         model.mix.requires_grad_(False)
 
     mod.MoD.__init__ = changed
-
-
-def all_pairs_turn():
-    """Rotary embedding of every pair, not of a quarter of them."""
-
-    def rotary_table(block_size, head_size):
-        frequency = 10000.0 ** -(torch.arange(0, head_size, 2) / head_size)
-        angle = torch.arange(block_size)[:, None] * frequency
-        cos, sin = angle.cos(), angle.sin()
-        return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)))
-
-    mod.rotary_table = rotary_table
 
 
 VARIANTS = {  # name: (flags, patch or None); a dense half has only the unrouted blocks
@@ -289,26 +260,20 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has only the unrouted
     "random": ({"routing": "random"}, None),
     "no_mix": ({}, no_mix),
     "no_mix_dense_half": ({"capacity": 1}, no_mix),
-    "all_pairs_turn": ({}, all_pairs_turn),
-    "all_pairs_turn_dense_half": ({"capacity": 1}, all_pairs_turn),
     "muon": ({}, muon_for_all),
     "muon_random": ({"routing": "random"}, muon_for_all),
-    "gaussian_raw": ({"routing": "random"}, lambda: gaussian(lambda r: r)),
-    "gaussian_sigmoid": ({"routing": "random"}, lambda: gaussian(torch.sigmoid)),
-    "muon_gaussian_raw": ({"routing": "random"}, lambda: (muon_for_all(), gaussian(lambda r: r))),
-    "muon_gaussian_sigmoid": ({"routing": "random"}, lambda: (muon_for_all(), gaussian(torch.sigmoid))),
-    "adamw": ({}, muon_for_none),
-    "adamw_dense_half": ({"capacity": 1}, muon_for_none),
+    "gaussian_raw": ({"routing": "random", "gate": "raw"}, gaussian),
+    "gaussian_sigmoid": ({"routing": "random"}, gaussian),
+    "muon_gaussian_raw": ({"routing": "random", "gate": "raw"}, lambda: (muon_for_all(), gaussian())),
+    "muon_gaussian_sigmoid": ({"routing": "random"}, lambda: (muon_for_all(), gaussian())),
     "detached": ({}, detached),
     "centred": ({}, centred),
     "noise_30": ({}, lambda: noise_until(0.3)),
-    "price_0.01": ({}, lambda: price(0.01)),
     "total_gain_0.25": ({}, lambda: total_gain(0.25)),
     "straight_through": ({}, straight_through),
     "small_router_0.1": ({}, lambda: small_router(0.1)),
     "together": ({}, lambda: (straight_through(), noise_until(0.3), one_router())),  # of each one's best
     "raw_gate": ({"gate": "raw"}, None),
-    "raw_input": ({}, raw_input),
     "into_body": ({}, into_body),
     "one_router": ({}, one_router),
     "batch_topk": ({}, batch_topk),
@@ -317,8 +282,6 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has only the unrouted
     "choice_0.1": ({}, lambda: choice_weight(0.1)),
     "choice_10": ({}, lambda: choice_weight(10)),
     "router_lr_1": ({"router_lr_scale": 1}, None),
-    "router_lr_0.03": ({"router_lr_scale": 0.03}, None),
-    "router_lr_0": ({"router_lr_scale": 0}, None),
     "capacity_0.03125": ({"capacity": 0.03125}, None),
     "capacity_0.0625": ({"capacity": 0.0625}, None),
     "capacity_0.25": ({"capacity": 0.25}, None),
@@ -328,7 +291,7 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has only the unrouted
     "muon_capacity_0.999": ({"capacity": 0.999}, muon_for_all),
     "annealed_40": ({}, lambda: annealed(0.4)),
     "route_every_3": ({"route_every": 3}, None),
-    "as_in_paper": ({"gate": "raw", "router_lr_scale": 1}, raw_input),  # its router, with --causal predictor
+    "as_in_paper": ({"gate": "raw", "router_lr_scale": 1}, raw_input),  # its router, with --predictor
 }
 
 
@@ -339,7 +302,7 @@ def main(argv):
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1.13e-2)
     parser.add_argument("--routed_lr_scale", type=float, default=0.5)
-    parser.add_argument("--causal", choices=mod.CHOICES["causal"], default="router")
+    parser.add_argument("--predictor", action="store_true", help="makes the causal choice, not the router")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     usual = [name for name in VARIANTS if name != "depth_gain"]  # which needs a file that depth_gain.py makes
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=usual, metavar="VARIANT")
@@ -347,11 +310,12 @@ def main(argv):
     parser.add_argument("--one", action="store_true", help="what each process is started with")
     parser.add_argument("--resume", action="store_true", help="likewise")
     args = parser.parse_args(argv)
+    causal = "predictor" if args.predictor else "router"
     table = ROOT / "assets" / "ablations.csv"
     layers, width = parse_shape(args.shape)
 
     def out_of(name, seed):
-        recipe = f"{args.shape}-{args.batch_size}-{args.lr:g}-{SCHEDULE}-{args.routed_lr_scale:g}-{args.causal}"
+        recipe = f"{args.shape}-{args.batch_size}-{args.lr:g}-{SCHEDULE}-{args.routed_lr_scale:g}-{causal}"
         return ROOT / "out" / "ablate" / f"{name}-{recipe}-{args.budget:g}-{seed}"
 
     if args.one:
@@ -364,7 +328,6 @@ def main(argv):
             "batch_size": args.batch_size,
             "lr": args.lr,
             "routed_lr_scale": args.routed_lr_scale,
-            "causal": args.causal,
             **flags,
         }
         follow_progress()
@@ -372,14 +335,14 @@ def main(argv):
             patch()
         argv = [f"--{flag}={value}" for flag, value in flags.items()]
         argv += [f"--seed={seed}", f"--flops={args.budget}", f"--out={out_of(name, seed)}", "--preset=cpu"]
-        train.main(argv + (["--resume"] if args.resume else []))
+        train.main(argv + ["--predictor"] * args.predictor + ["--resume"] * args.resume)
         return
 
     jobs = [
         {
             "key": {"variant": name, "budget": f"{args.budget:g}", "shape": args.shape,
                     "batch_size": args.batch_size, "lr": f"{args.lr:g}", "schedule": SCHEDULE,
-                    "routed_lr_scale": f"{args.routed_lr_scale:g}", "causal": args.causal, "seed": seed},
+                    "routed_lr_scale": f"{args.routed_lr_scale:g}", "causal": causal, "seed": seed},
             "out": out_of(name, seed),
             "command": ["experiments/ablate.py", *argv, "--one", "--only", name, "--seeds", str(seed)],
         }

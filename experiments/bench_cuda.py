@@ -19,10 +19,10 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments.bench import THRESHOLD, check_sizes, random_model  # noqa: E402
-from mod import MoDConfig, RoutedBlock, norm  # noqa: E402
+from experiments.bench import THRESHOLD, check_sizes, random_model, sampling_row  # noqa: E402
+from mod import MoDConfig, RoutedBlock, flops_per_token, norm  # noqa: E402
 from prepare_data import Parser, UserError, run, write_json  # noqa: E402
-from sample import bench, dense_twin, device_name, time_steps, to_bfloat16  # noqa: E402
+from sample import dense_twin, device_name, time_steps, to_bfloat16  # noqa: E402
 from train import dense_flops, pick_device  # noqa: E402
 
 
@@ -34,7 +34,7 @@ class StaticCache:
         self.begin = kv.length[0]
         self.length = torch.tensor([self.begin], device=kv.k.device)
 
-    def append(self, k, v):
+    def update(self, k, v):
         self.k.index_copy_(2, self.length, k)
         self.v.index_copy_(2, self.length, v)
         mask = torch.arange(self.k.size(2), device=k.device) <= self.length
@@ -46,11 +46,13 @@ class StaticCache:
 
 
 def embed(model, text, position):
-    return model.embed(text, 3), model.rope.index_select(1, position)[:, None, None]
+    embedded = norm(model.embedding(text))  # of the last four tokens
+    x, _ = model.mix(embedded[:, 3:], before=embedded[:, :3])
+    return x, model.rope.index_select(0, position)
 
 
 def dense_block(block, x, rope, cache):
-    return x + block(x, rope, cache.append)
+    return x + block(x, rope, cache)
 
 
 def decide(block, x):
@@ -59,7 +61,7 @@ def decide(block, x):
 
 
 def routed_block(block, x, rope, gate, cache):
-    return x + (gate[..., None] * block.block(x, rope, cache.append)).to(x.dtype)
+    return x + (gate[..., None] * block.block(x, rope, cache)).to(x.dtype)
 
 
 def predict(model, x):
@@ -73,9 +75,9 @@ class GraphDecoder:
         wrap = (lambda f: torch.compile(f, fullgraph=True)) if compiled else (lambda f: f)
         do = {f.__name__: wrap(f) for f in (embed, dense_block, decide, routed_block, predict)}
         cache = model.new_cache(1)
-        logits, _, _ = model(prompt, threshold=THRESHOLD, cache=cache)
-        self.caches = [StaticCache(kv, room) for kv in cache]
-        self.prompt, self.logits = prompt, logits[:, -1].float()
+        logits, _ = model.extend(prompt, cache, THRESHOLD)
+        self.caches = [StaticCache(kv, room) for kv in cache.blocks]
+        self.prompt, self.logits = prompt, logits.float()
         self.text, self.position = prompt[:, -4:].clone(), torch.tensor([prompt.size(1)], device=prompt.device)
         self.x, self.rope = do["embed"](model, self.text, self.position)
         self.gate = torch.zeros(1, 1, device=prompt.device)
@@ -164,8 +166,8 @@ class GraphDecoder:
 
 @torch.inference_mode()
 def compare(model, prompt, num_tokens, rounds):
-    """The row of sample.py's bench, and graph_tok_s, graph_dense_tok_s, compiled_tok_s, compiled_dense_tok_s."""
-    row = bench(model, prompt, num_tokens, rounds, THRESHOLD)
+    """The row of bench.py, and graph_tok_s, graph_dense_tok_s, compiled_tok_s, compiled_dense_tok_s."""
+    row = sampling_row(model, prompt, num_tokens, rounds)
     models = {"": model, "_dense": dense_twin(model)}
     decoders = {}
     for kind, compiled in (("graph", False), ("compiled", True)):
@@ -173,12 +175,12 @@ def compare(model, prompt, num_tokens, rounds):
             decoders[f"{kind}{which}"] = GraphDecoder(models[which], prompt, num_tokens + 1, compiled)
     for way, decoder in decoders.items():  # the prompt's last token once more, at the position after it
         which = models["_dense" if way.endswith("_dense") else ""]
-        cache, text = which.new_cache(1), torch.cat((prompt, prompt[:, -1:]), dim=1)
-        which(prompt, threshold=THRESHOLD, cache=cache)
-        expected, _, _ = which(text, threshold=THRESHOLD, cache=cache, start=prompt.size(1))
-        decoder.text.copy_(text[:, -4:])
+        cache = which.new_cache(1)
+        which.extend(prompt, cache, THRESHOLD)
+        expected, _ = which.extend(prompt[:, -1:], cache, THRESHOLD)
+        decoder.text.copy_(torch.cat((prompt[:, -3:], prompt[:, -1:]), dim=1))
         next(decoder.steps())
-        error = (decoder.logits - expected[:, -1].float()).norm() / expected.float().norm()
+        error = (decoder.logits - expected.float()).norm() / expected.float().norm()
         if not error < 0.05:  # bfloat16, and other kernels
             raise UserError(f"{way}, {model.config.n_embd} wide: logits are {error:.3f} off, relative to their norm")
     taken, rates = [], {way: [] for way in decoders}
@@ -196,7 +198,7 @@ def compare(model, prompt, num_tokens, rounds):
     return {
         **row,
         "graph_share": share,
-        "graph_ideal": dense_flops(config, length) / config.flops_per_token(length, share),
+        "graph_ideal": dense_flops(config, length) / flops_per_token(config, length, share),
         **{f"{way}_tok_s": statistics.median(rates[way]) for way in decoders},
     }
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments.router_stats import look, table  # noqa: E402
+from experiments.sweep import watched  # noqa: E402
 from mod import MoD, MoDConfig, norm  # noqa: E402
 from prepare_data import Parser, UserError, load_data, run, write_atomic  # noqa: E402
 from train import load_checkpoint, spread_windows  # noqa: E402
@@ -31,18 +32,18 @@ SAVED = ROOT / "out" / "depth_gain.pt"
 @torch.no_grad()
 def first_block(half, idx):
     """What the first block of a dense model puts out for tokens (B, T), normalised, (B, T, C)."""
-    x = half.embed(idx)
-    return norm(x + half.blocks[0](x, half.rope[:, : idx.size(1)][:, None, None]))
+    x, _ = half.mix(norm(half.embedding(idx)))
+    return norm(x + half.blocks[0](x, half.rope[: idx.size(1)]))
 
 
 def mlp(C):
     return nn.Sequential(nn.Linear(C, 256), nn.GELU(), nn.Linear(256, 1))
 
 
-def learn(net, seen, gain, steps=5000):
-    """Train net to foresee gain (N,) from seen (N, C), by least squares."""
+def learn(net, seen, gain, name, steps=5000):
+    """Train net, which has a name, to foresee gain (N,) from seen (N, C), by least squares."""
     optimizer = torch.optim.AdamW(net.parameters())
-    for step in range(steps):
+    for step in watched(range(steps), f"steps of {name}"):
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
         rows = torch.randint(len(gain), (4096,))
         F.mse_loss(net(seen[rows]).squeeze(-1), gain[rows]).backward()
@@ -85,11 +86,11 @@ def main(argv):
         return text[:, :-1], text[:, 1:]
 
     x, y = windows(train_data, 2**21)
-    seen = torch.cat([first_block(half, rows) for rows in x.split(16)])
+    seen = torch.cat([first_block(half, rows) for rows in watched(x.split(16), "batches of 16 contexts")])
     gain = look(half, x, y)[0] - look(full, x, y)[0]
     networks = {"a linear map": nn.Linear(half.config.n_embd, 1), "an MLP": mlp(half.config.n_embd)}
-    for net in networks.values():
-        learn(net, seen.flatten(0, 1), gain.flatten())
+    for name, net in networks.items():
+        learn(net, seen.flatten(0, 1), gain.flatten(), name)
 
     x, y = windows(val_data, 2**17)
     loss = look(half, x, y)[0]

@@ -1,7 +1,8 @@
-"""Draws the READMEs' figures into assets/, from trained runs and the tables beside them.
+"""Draws the READMEs' figures, from trained runs and the tables in assets/.
 
-    python experiments/figures.py                                   all, from out/mod, out/dense and out/random
+    python experiments/figures.py                  all that there is something for, into out/figures
     python experiments/figures.py --only routing_map --mod out/gpu --snippet "class "
+    python experiments/figures.py --only isoflop --out assets       in the place of the READMEs' own
 
 routing_map   which routed block processes which byte of a piece of validation text
 histograms    r, and the probability foreseen, of tokens that top-k takes, against the others
@@ -32,10 +33,10 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.isoflop import COLORS  # noqa: E402
 from experiments.router_stats import KINDS, kinds_of, load, look  # noqa: E402
-from experiments.sweep import SCHEDULE, dense_half, lowest_of, parse_shape, read_log, read_table  # noqa: E402
-from prepare_data import Parser, UserError, load_data, run  # noqa: E402
+from experiments.sweep import SCHEDULE, dense_half, lowest_of, parse_shape, read_log, read_table, show  # noqa: E402
+from prepare_data import Parser, UserError, run  # noqa: E402
 from sample import compute_dial  # noqa: E402
-from train import dense_flops, load_checkpoint  # noqa: E402
+from train import dense_flops  # noqa: E402
 
 try:
     import matplotlib.pyplot as plt
@@ -53,6 +54,7 @@ MADE_BY = {  # the command for an input that is missing
     "ablations.csv": "python experiments/ablate.py",
     "isoflop.csv": "python experiments/isoflop.py",
 }
+ASSETS = ROOT / "assets"
 
 
 def block_names(model):
@@ -75,8 +77,7 @@ def find_snippet(data, start):
 
 def routing_map(args):
     """The snippet, line by line; under each byte a cell per routed block, filled where the block processed it."""
-    model, *_ = load(args.mod)
-    data = load_data(ROOT / load_checkpoint(args.mod, "cpu")[1]["train"]["data"])[1]
+    model, data, _, _ = load(args.mod)
     begin, end = find_snippet(data, args.snippet)
     tokens = torch.from_numpy(data[max(0, end - model.config.block_size) : end].astype(np.int64))[None]
     taken = look(model, tokens, tokens, causal=True)[1].taken[:, 0, begin - end :]  # (L, length)
@@ -122,7 +123,7 @@ def routing_map(args):
 
 def histograms(args):
     """Per routed block, how r and the foreseen probability are distributed over tokens taken by top-k or not."""
-    model, x, y = load(args.mod)
+    model, _, x, y = load(args.mod)
     route, blocks = look(model, x, y)[1], block_names(model)
     size = (2.5 * len(blocks), 4.6)
     figure, axes = plt.subplots(2, len(blocks), figsize=size, sharex="row", sharey="row", squeeze=False)
@@ -153,7 +154,7 @@ def shares(sets, group, n):
 
 def spending(args):
     """The share of the tokens that each routed block processes, by kind of byte, by position, by loss."""
-    model, x, y = load(args.mod)
+    model, _, x, y = load(args.mod)
     taken, blocks = look(model, x, y, causal=True)[1].taken, block_names(model)
     hard = look(model, x, y, causal=True, threshold=math.inf)[0]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4), width_ratios=(1.5, 1, 1))
@@ -195,8 +196,8 @@ def curves(args):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
     for family, name in FAMILIES.items():
         out = getattr(args, family)
-        log, ended = read_log(out)
-        if not ended:
+        log, part = read_log(out)
+        if part < 1:
             resume = f"python train.py --resume --out {shlex.quote(str(out))}"
             raise UserError(f"{out}/log.jsonl is of no finished run; go on with `{resume}`")
         log = log[1:]
@@ -213,7 +214,7 @@ def curves(args):
 
 def dial(args):
     """One trained model at many thresholds: causal loss against forward FLOPs, as trained in bold."""
-    model, x, y = load(args.mod)
+    model, _, x, y = load(args.mod)
     rows = compute_dial(model, torch.cat((x, y[:, -1:]), dim=1), [-1e3, -8, -6, -4, -2, 0, 2, 4, 6, 8, 1e3])
     dense = dense_flops(model.config, x.size(1))
     figure, axis = plt.subplots(figsize=(6.4, 3.8))
@@ -247,15 +248,15 @@ def grouped_bars(axis, groups, names, colors, values):
 
 def bench(args):
     """Speed over a dense model with a cache: all ways at batch 1, the fast path by batch; and bytes of KV cache."""
-    rows = json.loads((args.assets / "bench.json").read_text(encoding="utf-8"))["rows"]
+    rows = json.loads((ASSETS / "bench.json").read_text(encoding="utf-8"))["rows"]
     if len({(row["device"], row["dtype"], row["n_layer"]) for row in rows}) > 1:
-        raise UserError(f"{args.assets / 'bench.json'} has more than one device, dtype or depth; a figure shows one")
+        raise UserError(f"{ASSETS / 'bench.json'} has more than one device, dtype or depth; a figure shows one")
     table = {(row["n_embd"], row["batch"], row["context"]): row for row in rows}
     widths, batches, contexts = (sorted({key[i] for key in table}) for i in range(3))
     shown = [(n, batches[0], contexts[-1]) for n in widths] + [(n, b, contexts[0]) for n in widths for b in batches]
     for n, batch, context in (key for key in shown if key not in table):
         command = f"{MADE_BY['bench.json']} --n_embd {n} --batch {batch} --context {context}"
-        raise UserError(f"{args.assets / 'bench.json'} has a gap, which `{command}` fills")
+        raise UserError(f"{ASSETS / 'bench.json'} has a gap, which `{command}` fills")
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.9))
     one = [table[n, batches[0], contexts[-1]] for n in widths]
     ways = "fast_tok_s", "all_blocks_tok_s", "no_cache_tok_s"
@@ -290,7 +291,7 @@ def bench(args):
 def ablations(args):
     """Causal loss of each variant of the recipe that has most variants: a dot per seed, and the mean."""
     recipes = defaultdict(lambda: defaultdict(list))
-    for row in read_table(args.assets / "ablations.csv"):
+    for row in read_table(ASSETS / "ablations.csv"):
         name = row["variant"] + ", predictor" * (row["causal"] == "predictor")
         recipe = tuple(row[column] for column in ("budget", "shape", "batch_size", "lr", "routed_lr_scale", "schedule"))
         recipes[recipe][name].append(float(row["val_causal"]))
@@ -320,7 +321,7 @@ def label(budget):
 def isoflop_runs(args):
     """The runs of isoflop.csv with the text and context that most of them have, by family, budget, shape and recipe."""
     runs = defaultdict(list)
-    rows = read_table(args.assets / "isoflop.csv")
+    rows = read_table(ASSETS / "isoflop.csv")
     usual = Counter((row["data_sha256"], row["block_size"]) for row in rows).most_common(1)[0][0]
     for row in (row for row in rows if (row["data_sha256"], row["block_size"]) == usual):
         recipe = row["batch_size"], row["schedule"], row["lr"], row["routed_lr_scale"], row["causal"]
@@ -441,31 +442,44 @@ NEEDS = {
 }  # the others: mod
 
 
+def check_inputs(name, args):
+    """Raise UserError, with the command that makes it, if a figure lacks something that it is drawn from."""
+    for need in NEEDS.get(name, ["mod"]):
+        path = getattr(args, need) / "ckpt.pt" if need in FAMILIES else ASSETS / need
+        if not path.exists():
+            raise UserError(f"{name} needs {path}, which `{MADE_BY[need].format(path=path.parent)}` makes")
+
+
 def main(argv):
     parser = Parser(description="Draw the READMEs' figures.")
     for name, about in FAMILIES.items():
         parser.add_argument(f"--{name}", type=Path, default=ROOT / "out" / name, help=f"folder of {about}")
-    parser.add_argument("--assets", type=Path, default=ROOT / "assets", help="tables and figures")
-    parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="NAME")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "figures", help="folder for them (out/figures)")
+    parser.add_argument("--only", nargs="+", choices=FIGURES, metavar="NAME", help="these, and all of them")
     parser.add_argument("--snippet", default="def ", help="how the paragraph in routing_map begins")
     args = parser.parse_args(argv)
     if plt is None:
         raise UserError("figures need the package matplotlib: pip install -r requirements-dev.txt")
-    for name in args.only:
-        for need in NEEDS.get(name, ["mod"]):
-            path = getattr(args, need) / "ckpt.pt" if need in FAMILIES else args.assets / need
-            if not path.exists():
-                command = MADE_BY[need].format(path=path.parent)
-                raise UserError(f"{name} needs {path}: make it with `{command}` or leave it out with --only")
+    args.out.mkdir(parents=True, exist_ok=True)
     plt.rc("font", size=9)
     plt.rc("axes", titlesize="medium", axisbelow=True)
     plt.rc("axes.spines", top=False, right=False)
     plt.rc("legend", frameon=False, fontsize="small")
     plt.rc("figure.constrained_layout", use=True)
-    for name in args.only:
-        path = args.assets / f"{name}.png"
-        FIGURES[name](args).savefig(path, dpi=160, facecolor="white")
-        print(path, flush=True)
+    left_out = []
+    for name in args.only or FIGURES:
+        show(f"drawing {name}")
+        path = args.out / f"{name}.png"
+        try:
+            check_inputs(name, args)
+            FIGURES[name](args).savefig(path, dpi=160, facecolor="white")
+            print(path, flush=True)
+        except UserError as error:
+            if args.only:
+                raise
+            left_out.append(f"left out: {error}")
+    for line in left_out:
+        print(line)
 
 
 if __name__ == "__main__":

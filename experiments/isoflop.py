@@ -2,7 +2,7 @@
 
     python experiments/isoflop.py --budgets 2e12 6e12 2e13                  the whole sweep, hours on two cores
     python experiments/isoflop.py --budgets 2e13 --families mod --shapes 6x96 --seeds 0 1 2
-    python experiments/figures.py --only isoflop                            assets/isoflop.png from the table
+    python experiments/figures.py --only isoflop                            draws the table
 
 A shape is LAYERSxWIDTH. Every run is a train.py run, resumed where it was stopped, and one line of
 assets/isoflop.csv; runs that stand there are not done again. "best" as the only shape takes each family's
@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments.sweep import SCHEDULE, parse_shape, read_table, sweep  # noqa: E402
-from mod import CHOICES  # noqa: E402
 from prepare_data import Parser, UserError, load_data, prepare, run  # noqa: E402
 from train import PRESETS, TrainConfig  # noqa: E402
 
@@ -38,11 +37,11 @@ def job(key, data):
     if data != TrainConfig.data:
         name += f"-{Path(data).name}"
     out = ROOT / "out" / "isoflop" / name
-    same = "block_size", "batch_size", "lr", "routed_lr_scale", "causal", "seed"  # flags of train.py
+    same = "block_size", "batch_size", "lr", "routed_lr_scale", "seed"  # flags of train.py
     command = [
         "train.py", "--preset=cpu", *FAMILIES[key["family"]], *(f"--{flag}={key[flag]}" for flag in same),
         f"--n_layer={layers}", f"--n_embd={width}", f"--n_head={max(2, width // 32)}", f"--flops={key['budget']}",
-        f"--out={out}", f"--data={data}",
+        f"--out={out}", f"--data={data}", *["--predictor"] * (key["causal"] == "predictor"),
     ]  # fmt: skip
     return {"key": key, "out": out, "command": command}
 
@@ -87,7 +86,7 @@ def main(argv):
     parser.add_argument(
         "--routed_lr_scale", type=float, default=preset["routed_lr_scale"], help="of MoD and random routing"
     )
-    parser.add_argument("--causal", choices=CHOICES["causal"], default="router", help="of MoD")
+    parser.add_argument("--predictor", action="store_true", help="makes MoD's causal choice, not the router")
     parser.add_argument("--data", default=TrainConfig.data, help="folder that prepare_data.py wrote")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(argv)
@@ -103,7 +102,7 @@ def main(argv):
                     "batch_size": args.batch_size,
                     "lr": f"{args.lr:g}",
                     "routed_lr_scale": "1" if family == "dense" else f"{args.routed_lr_scale:g}",
-                    "causal": args.causal if family == "mod" else "router",  # which for the others means nothing
+                    "causal": "predictor" if args.predictor and family == "mod" else "router",
                 }
                 recipes = [{"shape": shape, **usual} for shape in args.shapes or SHAPES[family]]
                 if args.shapes == ["best"]:

@@ -1,4 +1,4 @@
-"""Do routers find the one token in eight that has something to work out? In the made-up language of test_mod.py.
+"""Do routers find the one token in eight that has something to work out? In a made-up language.
 
     python experiments/lookups.py --variant total_gain_0.25         the defaults, or a variant of ablate.py
 
@@ -7,21 +7,33 @@ share of the question marks that top-k takes (by chance 12.5 %), and the causal 
 any model can reach is 0.52, the two letters of eight bytes that can't be foreseen.
 """
 
+import random
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import train  # noqa: E402
 from experiments.ablate import VARIANTS, follow_progress  # noqa: E402
+from experiments.sweep import read_log  # noqa: E402
 from prepare_data import Parser, load_data, prepare, run  # noqa: E402
-from test_mod import lookups  # noqa: E402
-from train import TrainConfig, load_checkpoint, spread_windows, train  # noqa: E402
 
 SHAPE = dict(
     preset="cpu", n_layer=1, route_every=1, n_head=2, n_embd=32, block_size=64, batch_size=16, device="cpu",
     lr=4e-3, routed_lr_scale=1.0,
 )  # fmt: skip
+
+
+def lookups(n, seed):
+    """n times two letters, a question mark, the pair's entry in a table of 64 random ones, four dots. Only a question
+    mark has something to work out: letters can't be foreseen, and all the rest is known."""
+    names = "ABCDEFGH"
+    fixed, draw = random.Random(0), random.Random(seed)
+    table = {(a, b): fixed.choice(names) for a in names for b in names}
+    pairs = [(draw.choice(names), draw.choice(names)) for _ in range(n)]
+    return "".join(f"{a}{b}?{table[a, b]}...." for a, b in pairs)
 
 
 def main(argv):
@@ -41,17 +53,16 @@ def main(argv):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "text").write_text(lookups(100_000, seed=1), encoding="utf-8")
     data = prepare(inputs=[folder / "text"], out=folder / "data")
-    x = spread_windows(load_data(data)[1], SHAPE["block_size"], 2**13)[:, :-1]
+    x = train.spread_windows(load_data(data)[1], SHAPE["block_size"], 2**13)[:, :-1]
     rows = ["| variant | seed | of the question marks | causal loss |", "| --- | --- | --- | --- |"]
     for seed in args.seeds:
         out = folder / f"{args.variant}-{seed}"
-        run_of = {"data": str(data), "out": str(out), "steps": args.steps, "seed": seed, "overwrite": True}
-        result = train(TrainConfig(**{**SHAPE, **run_of, **flags}))
-        if result is None:  # Ctrl-C
-            return
+        of_run = {"data": data, "out": out, "steps": args.steps, "seed": seed}
+        with redirect_stdout(sys.stderr):  # the text that a run ends with
+            train.main([f"--{flag}={value}" for flag, value in {**SHAPE, **of_run, **flags}.items()] + ["--overwrite"])
         asked = x == ord("?")
-        found = (load_checkpoint(out, "cpu")[0](x)[2].taken & asked).sum() / asked.sum()
-        rows.append(f"| {args.variant} | {seed} | {found:.1%} | {result['val_causal']:.4f} |")
+        found = (train.load_checkpoint(out, "cpu")[0](x)[2].taken & asked).sum() / asked.sum()
+        rows.append(f"| {args.variant} | {seed} | {found:.1%} | {read_log(out)[0][-1]['val_causal']:.4f} |")
     print("\n".join(rows))
 
 

@@ -1,4 +1,5 @@
-"""What ablate.py and isoflop.py share: run train.py many times, a process a core, and keep a table of the results."""
+"""What isoflop.py, ablate.py and compare.py share: run train.py many times, a process a core, and keep a table of the
+results; and a line on the terminal for whoever waits."""
 
 import csv
 import json
@@ -45,17 +46,39 @@ def lowest_of(losses):
 
 
 def read_log(out):
-    """The lines of a run's log.jsonl, and whether the run has come to its end."""
+    """The lines of a run's log.jsonl, and the part of its steps, 0 to 1, that the last of them has come to."""
     path = out / "log.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    return lines, bool(lines) and lines[-1].get("step") == lines[0]["steps"]
+    return lines, lines[-1].get("step", 0) / lines[0]["steps"] if lines else 0
 
 
-def sweep(jobs, table, row_of, processes):
+def show(text):
+    """A line on stderr, if that is a terminal, which whatever comes next overwrites."""
+    if sys.stderr.isatty():
+        print(f"{text:79.79}", end="\r", file=sys.stderr, flush=True)
+
+
+def watched(parts, name):
+    """The parts of a list, one by one; about once a second show says how far that is."""
+    last = time.monotonic()
+    for i, part in enumerate(parts):
+        if time.monotonic() > last + 1:
+            show(f"{name}: {i} of {len(parts)}")
+            last = time.monotonic()
+        yield part
+    show("")
+
+
+def print_row(row):
+    print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+
+
+def sweep(jobs, table, row_of, processes, report=print_row):
     """Run jobs, dicts with "key" (columns that name the run), "out" and "command", that table has no row of yet.
 
-    Each command is a train.py run into job["out"], resumed if it had been stopped. row_of(job, log) makes the
-    row from the lines of its log.jsonl. One thread a process.
+    Each command is a train.py run into job["out"], resumed if it had been stopped, in the folder job["cwd"] if that is
+    given. row_of(job, log) makes the row from the lines of its log.jsonl, and report(row) tells of it. One thread a
+    process. Raises UserError for the first run that fails.
     """
     if processes < 1:
         raise UserError(f"--processes {processes} must be at least 1")
@@ -63,17 +86,22 @@ def sweep(jobs, table, row_of, processes):
     done = [{k: row[k] for k in jobs[0]["key"]} for row in read_table(table)]
     waiting = [job for job in jobs if {k: str(v) for k, v in job["key"].items()} not in done]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are in {table}; {len(waiting)} to go", flush=True)
-    running = []
+    running, began = [], time.monotonic()
     try:
         while waiting or running:
             while waiting and len(running) < processes:
                 running.append(start(waiting.pop(0)))
-            time.sleep(1)
+            time.sleep(0.5)
+            parts = ", ".join(f"{read_log(job['out'])[1]:.0%}" for job, _ in running)
+            show(
+                f"after {time.monotonic() - began:.0f} s: {len(waiting)} runs wait, {len(running)} have come to {parts}"
+            )
             for job, process in [pair for pair in running if pair[1].poll() is not None]:
                 running.remove((job, process))
-                log, ended = read_log(job["out"])
-                if not ended:
-                    raise SystemExit(f"{job['out']} failed: see stderr.txt there")
+                log, part = read_log(job["out"])
+                if part < 1:
+                    why = (job["out"] / "stderr.txt").read_text(encoding="utf-8", errors="replace").split("\n")[-2:][0]
+                    raise UserError(f"a run failed, with {why!r}; the rest is in {job['out'] / 'stderr.txt'}")
                 row = row_of(job, log)
                 new = not table.exists()
                 with open(table, "a", encoding="utf-8", newline="") as file:
@@ -81,10 +109,13 @@ def sweep(jobs, table, row_of, processes):
                     if new:
                         writer.writeheader()
                     writer.writerow(row)
-                print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+                show("")
+                report(row)
     finally:
         for _, process in running:
             process.terminate()  # train.py saves and stops
+        for _, process in running:
+            process.wait()
 
 
 def start(job):
@@ -94,4 +125,4 @@ def start(job):
     with open(job["out"] / "stderr.txt", "a") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *job["command"], *resume]
-        return job, subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        return job, subprocess.Popen(command, cwd=job.get("cwd", ROOT), env=environment, stdout=log, stderr=log)
