@@ -22,13 +22,14 @@ Who is chosen is the only thing that differs between the two modes (attention is
             has seen the future: whether a token is taken depends on later ones.
     causal  asks each token alone: is r > 0? The router learns to make that mean "top-k takes it" (section 3.5). For
             sampling, and for an honest loss. In this mode, and only in it, one pass over a text and the same text fed
-            token by token through the KV cache give the same logits, but for rounding.
+            token by token through the KV cache give the same logits, up to rounding. (Random routing draws anew.)
 
 Unlike the paper: r is w . norm(x), not w . x; the gate is sigmoid(r), not r; the loss that teaches the causal choice
-trains the router alone, not the layers below it; TokenMix; rotary embedding of a quarter of the pairs. README says why.
+trains the router alone, not the layers below it; embeddings are mixed with the three before (TokenMix); only a quarter
+of the rotary pairs turn. README says why.
 
 Shapes: B batch (a row is one of its sequences), T time, C channels (n_embd), H heads, D head size (C / H),
-        V vocabulary, L routed blocks, K tokens that a routed block takes of each row
+        V vocabulary, L routed blocks, K tokens that a routed block takes of each row (its own block calls them T)
 """
 
 from dataclasses import dataclass
@@ -75,8 +76,7 @@ class MoDConfig:
         return list(range(self.route_every - 1, self.n_layer, self.route_every)) if self.capacity < 1 else []
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Norm and rotary position embedding
+# ---- Norm and rotary position embedding
 
 
 def norm(x):
@@ -102,9 +102,7 @@ def rotate(x, rope):
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
-# ---------------------------------------------------------------------------------------------------------
-# An ordinary pre-norm transformer block, except that it returns its change to x: the caller scales it, if routed, and
-# adds it. So the residual stream is added in one place only.
+# ---- An ordinary pre-norm transformer block, except that it returns its change to x, which the caller adds
 
 
 class Attention(nn.Module):
@@ -143,8 +141,7 @@ class Block(nn.Module):
         return attended + self.down(F.gelu(self.up(norm(x + attended)), approximate="tanh"))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The routed block: what Mixture-of-Depths is about
+# ---- The routed block: what Mixture-of-Depths is about
 
 
 class Route(NamedTuple):
@@ -156,14 +153,15 @@ class Route(NamedTuple):
 
 
 class RoutedBlock(nn.Module):
-    """Mixture-of-Depths around any block that returns its change to x, called as block(x, rope) with the taken tokens
-    x (B, K, C) and their rows of rope, or None if there is no rope. In its order: score, choose, gather, run, gate,
-    scatter.
+    """Mixture-of-Depths around any causal block that returns its change to x. It is called as block(x, rope) with the
+    taken tokens x (B, K, C) and rope's entries for their positions, if there is a rope; in sampling a cache follows.
+    Its moves: score, choose, gather, run, gate, scatter.
 
-    To change what a token is worth, change score: r for training, logit for sampling, which must not need the future.
-    To change how many are taken, set capacity, also while training. To change who is chosen at given scores, change
-    topk and above, which should agree. To route the MLP only, wrap a block without attention. To lift it into another
-    model, copy this class with norm, Route and choice_loss.
+    To change what a token is worth, change score: r ranks and gates, logit makes the causal choice, and both must come
+    from the token alone. To change who is chosen at given scores, change topk and above. To change how many, set
+    capacity, also while training (the model's config, which counts FLOPs, does not follow). To route only the MLP, wrap
+    it alone. To lift all this into another model, take this class with norm, Route and choice_loss, and to sample
+    through a cache also KVCache.
     """
 
     def __init__(self, block, n_embd, capacity=0.125, routing="topk", gate="sigmoid", predictor=False):
@@ -178,23 +176,22 @@ class RoutedBlock(nn.Module):
 
     def score(self, x):
         """For each token of x (B, T, C), by itself: r (section 3.4) and the causal choice's logit (3.5), (B, T) each.
-
-        In float32, also under autocast, which the callers switch off: bfloat16 makes ties and flips decisions.
-        """
-        seen = norm(x.float())
-        r = self.router(seen).squeeze(-1)
+        In float32, and autocast is off: bfloat16 makes ties and flips decisions."""
+        normed = norm(x.float())
+        r = self.router(normed).squeeze(-1)
         if self.random:
             return r, torch.rand_like(r) - (1 - self.capacity)  # above 0 with probability capacity
-        # Two losses teach the router. The language model's comes through the gate: r scales what the block adds, so its
-        # gradient reaches the router and, as any weight's does, the layers below. choice_loss comes through the logit.
-        # It may teach who makes the causal choice, but not the residual stream, hence the detach: with a router that
-        # means a second call, which gives the same values as r but another gradient.
-        if self.predictor is None and not seen.requires_grad:
+        # Two gradients. The language model's loss comes through the gate: r scales what the block adds, so it teaches
+        # the router and, as through any weight, the layers below. choice_loss comes through logit. It may teach whoever
+        # makes the causal choice, but not the layers below, hence the detach. If that is the router, it runs twice: the
+        # same values, another gradient. Where there is no gradient, once is enough.
+        if self.predictor is None and not normed.requires_grad:
             return r, r
-        return r, (self.predictor or self.router)(seen.detach()).squeeze(-1)
+        chooser = self.router if self.predictor is None else self.predictor
+        return r, chooser(normed.detach()).squeeze(-1)
 
     def topk(self, r):
-        """The K highest r of each row: their positions (B, K), ascending, and the same as a mask (B, T)."""
+        """For training: the positions (B, K) of each row's K highest r, ascending, and the same as a mask (B, T)."""
         rank = torch.rand_like(r) if self.random else r
         K = max(1, round(self.capacity * r.size(1)))
         # Sorted by position, since attention among the taken tokens is causal in time, not in score.
@@ -202,8 +199,8 @@ class RoutedBlock(nn.Module):
         return idx_BK, torch.zeros_like(r, dtype=torch.bool).scatter(1, idx_BK, True)
 
     def above(self, logit, threshold):
-        """The same two for the tokens whose logit exceeds the threshold, with K of the row that has the most. Shorter
-        rows are padded with tokens that were not taken: at the end, where the causal mask hides them from the taken."""
+        """For sampling: the same two of the tokens whose logit exceeds the threshold, with K of the row that has most.
+        Shorter rows are padded, with tokens that were not taken: at the end, where the causal mask hides them."""
         taken = logit > threshold
         K = taken.sum(dim=1).max()  # waits for the device
         # Stable: the taken tokens come first and keep their order.
@@ -214,7 +211,7 @@ class RoutedBlock(nn.Module):
         return r if self.raw else r.sigmoid()
 
     def forward(self, x, rope=None, causal=False, threshold=0.0, cache=None):
-        """x (B, T, C) -> new x, Route. rope (T, ...) has a row for each position. With a cache x is a prompt."""
+        """x (B, T, C) -> new x, Route. rope (T, ...) has an entry for each position. With a cache, x is a prompt."""
         with torch.autocast(x.device.type, enabled=False):
             r, logit = self.score(x)
         idx_BK, taken = self.above(logit, threshold) if causal else self.topk(r)
@@ -231,12 +228,13 @@ class RoutedBlock(nn.Module):
     # Sampling: skip this at first reading
 
     def step(self, x, rope, threshold, cache):
-        """forward for one new token a row, x (B, 1, C), in causal mode. Only the rows that take theirs run the block: a
-        skipped token costs no more than its score, and leaves nothing in the cache."""
+        """forward for one new token a row, x (B, 1, C), in causal mode. Only the rows that take theirs run the block. A
+        skipped token costs no more than its score, and needs no entry in the cache, since the block attends only to
+        tokens that it took."""
         r, logit = self.score(x)
         taken = logit > threshold
         route = Route(taken, r, logit)
-        rows = [row for row, yes in enumerate(taken.flatten().tolist()) if yes]  # waits for the device
+        rows = [row for row, yes in enumerate(taken.flatten().tolist()) if yes]
         if not rows:
             return x, route
         idx_R = torch.tensor(rows, device=x.device)
@@ -250,20 +248,20 @@ def choice_loss(route):
     return F.binary_cross_entropy_with_logits(route.logit, route.taken.float())
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The model
+# ---- The model
 
 
 class TokenMix(nn.Module):
-    """A causal convolution over time, channel by channel: each token and the three before it (not in the paper)."""
+    """A causal convolution over time, channel by channel: each token and the three before it. Not in the paper: without
+    it, attention learns late to copy what was read."""
 
     def __init__(self, n_embd):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_embd, 4))
 
-    def forward(self, x, before=None):
-        """x (B, T, C) and the three tokens before it, zeros if None -> mixed (B, T, C), the last three of both."""
-        x = F.pad(x, (0, 0, 3, 0)) if before is None else torch.cat((before, x), dim=1)
+    def forward(self, x, last=None):
+        """x (B, T, C) and the last three tokens before it, zeros if None -> mixed (B, T, C), the last three now."""
+        x = F.pad(x, (0, 0, 3, 0)) if last is None else torch.cat((last, x), dim=1)
         return (x.unfold(1, 4, 1) * self.weight).sum(dim=-1), x[:, -3:]  # unfold: (B, T, C, 4)
 
 
@@ -284,10 +282,9 @@ class MoD(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith(("out.weight", "down.weight", "head.weight", "bias")):
                 nn.init.zeros_(p)  # every block starts as the identity, every token as likely as another
-            elif p.dim() > 1:  # a gain, should you add one, stays as it was made
+            elif p.dim() > 1:  # a gain would stay as it was made
                 nn.init.normal_(p, std=p.size(-1) ** -0.5)
         self.mix.weight.data[:, -1] = 1  # each token's own; the three before it have random ones
-        store_by_columns(self)
 
     def forward(self, idx, targets=None, causal=False, threshold=0.0):
         """Tokens idx (B, T) -> logits (B, T, V); mean cross-entropy with targets (B, T) in nats, or None; the Route of
@@ -313,7 +310,6 @@ class MoD(nn.Module):
     # Sampling: skip this at first reading
 
     def new_cache(self, batch):
-        """An empty Cache for batch rows."""
         c, weight = self.config, self.embedding.weight
         # A dense block's buffers have room for the full context from the start; a routed block's grow.
         sizes = [16 if i in c.routed_layers else c.block_size for i in range(c.n_layer)]
@@ -321,9 +317,9 @@ class MoD(nn.Module):
 
     @torch.inference_mode()
     def extend(self, idx, cache, threshold=0.0):
-        """Run new tokens idx (B, T), a prompt or after it one a row -> logits (B, V) of the last, Route (L, B, T) of
-        the new, or None. Always causal: top-k would need the future. Routers and predictors must be float32; all other
-        weights, and with them the cache, may be bfloat16."""
+        """Run new tokens idx (B, T), a whole prompt or after it one a row -> logits (B, V) of the last, Route (L, B, T)
+        of the new, or None. Always causal: top-k would need the future. Routers and predictors must be float32; all
+        other weights, and with them the cache, may be bfloat16."""
         T, start = idx.size(1), cache.length
         assert T == 1 or start == 0, f"{T} new tokens: after the prompt it is one at a time"
         assert start + T <= self.config.block_size, f"{start + T} tokens are longer than block_size"
@@ -331,7 +327,7 @@ class MoD(nn.Module):
         rope = self.rope[start : start + T]
         routes = []
         with torch.autocast(idx.device.type, enabled=False):  # the cache has the dtype of the weights
-            x, cache.before = self.mix(norm(self.embedding(idx)), cache.before)
+            x, cache.last = self.mix(norm(self.embedding(idx)), cache.last)
             for block, kv in zip(self.blocks, cache.blocks, strict=True):
                 if isinstance(block, RoutedBlock):
                     x, route = block.step(x, rope, threshold, kv) if T == 1 else block(x, rope, True, threshold, kv)
@@ -343,7 +339,7 @@ class MoD(nn.Module):
 
     def generate(self, idx, num_tokens, temperature=1.0, top_k=None, top_p=None, threshold=0.0):
         """Continue the prompts idx (B, T), T >= 1, of which the last block_size tokens are used: yields a Generated,
-        num_tokens times. A full context's last half is run again, as a new cache's prompt. (top_k is sampling's.)"""
+        num_tokens times. A full context's last half is run again, as a new cache's prompt. (Its top_k is sample's.)"""
         size = self.config.block_size
         text = new = idx[:, -size:]
         cache = self.new_cache(len(idx))
@@ -358,12 +354,11 @@ class MoD(nn.Module):
 
 
 def stack_routes(routes):
-    """The Route of the whole model, (L, B, T) each, of its routed blocks', or None if it has none."""
+    """Routes (B, T) of L blocks -> one, (L, B, T), or None if there are none."""
     return Route(*(torch.stack(field) for field in zip(*routes, strict=True))) if routes else None
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Sampling: skip this at first reading
+# ---- Sampling: skip this at first reading
 
 
 class KVCache:
@@ -377,30 +372,33 @@ class KVCache:
         self.length = [0] * batch  # on the host, where it costs no synchronisation to read
 
     def of(self, rows, count=None):
-        """This cache for a block that runs only these rows of the batch (ascending), of whose new tokens the first
-        count (a list) are real, or all if None: its update needs k and v alone."""
+        """The same cache, for a block that runs these rows only (ascending): its update stores into them. Of row i's
+        new tokens the first count[i] are real and the others padding; all are real if count is None."""
         return SimpleNamespace(update=partial(self.update, rows=rows, count=count))
 
     def update(self, k, v, rows=None, count=None):
-        """Store k and v (R, H, T, D) of new tokens, several a row only in an empty cache. Returns all that these R rows
-        now hold, (R, H, S, D) each, and a mask (R, 1, 1, S) of the real ones, or None where is_causal is enough."""
+        """Store keys and values (R, H, T, D) of new tokens, several a row only in an empty cache. Returns all that
+        these R rows hold now, (R, H, S, D) each, padded to the longest, S; and a mask (R, 1, 1, S) of the real ones, or
+        None where is_causal is enough."""
         R, _, T, _ = k.shape
         rows = list(range(R)) if rows is None else rows
-        before = [self.length[row] for row in rows]
+        held = [self.length[row] for row in rows]
         for row, n in zip(rows, count or [T] * R, strict=True):
             self.length[row] += n
-        start, S = min(before), max(before) + T
+        start, S = min(held), max(held) + T
         if S > self.k.size(2):  # full: double the buffers
             padding = (0, 0, 0, max(S, 2 * self.k.size(2)) - self.k.size(2))
             self.k, self.v = F.pad(self.k, padding), F.pad(self.v, padding)
-        if start + T == S and rows[-1] - rows[0] + 1 == R:  # neighbours, equally long: a prompt, a dense block, one row
-            part = slice(rows[0], rows[-1] + 1)  # no copy. A prompt's padding is overwritten later, or length hides it
+        # No copy where the rows lie side by side and are equally long: a prompt, a dense block, a single row. (What a
+        # prompt has of padding is overwritten by the next token, or hidden by the length.)
+        if start + T == S and rows[-1] - rows[0] + 1 == R:
+            part = slice(rows[0], rows[-1] + 1)
             self.k[part, :, start:S], self.v[part, :, start:S] = k, v
             return self.k[part, :, :S], self.v[part, :, :S], None
-        idx_R, at_R = torch.tensor([rows, before], device=k.device)
+        idx_R, at_R = torch.tensor([rows, held], device=k.device)
         self.k[idx_R, :, at_R], self.v[idx_R, :, at_R] = k[:, :, 0], v[:, :, 0]  # (R, H, D)
         mask = torch.arange(S, device=k.device) <= at_R[:, None]  # (R, S)
-        k, v = (x[:, :, :S].index_select(0, idx_R) for x in (self.k, self.v))  # copies faster than x[idx_R]
+        k, v = (x[:, :, :S].index_select(0, idx_R) for x in (self.k, self.v))  # faster than x[idx_R]
         return k, v, mask[:, None, None]
 
 
@@ -409,7 +407,7 @@ class Cache:
     """What the model remembers of a text: made by new_cache, filled by extend."""
 
     blocks: list  # a KVCache each
-    before: torch.Tensor | None = None  # the last three embeddings (B, 3, C), for TokenMix
+    last: torch.Tensor | None = None  # three embeddings (B, 3, C), for TokenMix
     length: int = 0  # tokens that extend has run
 
 
@@ -424,46 +422,33 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
     """Draw from logits (B, V): one token a row, (B, 1). Temperature 0 is argmax. top_k >= 1, 0 < top_p <= 1."""
     if temperature < 1e-30:  # 0, or too small to divide float32 by
         return logits.argmax(dim=-1, keepdim=True)
-    logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / temperature  # no overflow, however cold
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None:  # the smallest set of likeliest tokens that holds top_p of the probability
-        ordered, order = logits.sort(dim=-1, descending=True)
-        p = ordered.softmax(dim=-1)
-        drop = p.cumsum(dim=-1) - p >= max(top_p, 1e-30)  # never the first, however small top_p is
-        drop = torch.empty_like(drop).scatter(1, order, drop)  # back in the vocabulary's order
-        logits = logits.masked_fill(drop, -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1)
+    p = ((logits.float() - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)  # shifted: no overflow
+    if top_k is None and top_p is None:
+        return torch.multinomial(p, 1)
+    p, order = p.sort(dim=-1, descending=True, stable=True)  # stable: among ties the first, as argmax
+    p = p[:, :top_k]
+    if top_p is not None:  # the smallest set of likeliest tokens that holds top_p of these; never less than one
+        p = p.masked_fill(p.cumsum(dim=-1) - p >= max(top_p, 1e-30) * p.sum(dim=-1, keepdim=True), 0.0)
+    return order.gather(1, torch.multinomial(p, 1))
 
 
-def store_by_columns(model):
-    """Lay out the large matrices by columns, values unchanged: a CPU multiplies a lone token up to twice as fast."""
-    for name, p in model.named_parameters():
-        if name.endswith(("qkv.weight", "up.weight", "head.weight")):
-            p.data = p.data.t().contiguous().t()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# FLOPs
+# ---- FLOPs
 
 
 def flops_per_token(config, T, share=None):
-    """Forward FLOPs per token of a T-token sequence, the mean over its positions; training counts as 3 times that.
+    """Forward FLOPs per token of a T-token sequence, the mean over its positions; training counts as 3 times that. With
+    every other block routed at 12.5 %, the blocks cost some 0.56 of a dense model's.
 
     share is the part of the tokens that every routed block takes, K / T if None. A product of m x p by p x n counts
-    2mpn; of causal attention the needed half is counted, T / 2 keys for the mean query. Norms, rotary and TokenMix are
-    left out.
+    2mpn, and of causal attention the needed half, T / 2 keys a query. Norms, rotary and TokenMix are left out.
     """
     C = config.n_embd
 
     def block(n):  # n tokens through the 12 C^2 weights of qkv, out and MLP; QK^T and AV, 2C each, for n / 2 keys
         return n * (2 * 12 * C**2 + 4 * C * n / 2)
 
-    taken = max(1, round(config.capacity * T)) if share is None else share * T
-    chooser = 2 * C  # the router, and the predictor where there is one
-    if config.predictor:
-        chooser += 2 * (C * (C // 4) + C // 4)
+    n_taken = max(1, round(config.capacity * T)) if share is None else share * T
+    chooser = 2 * C + (2 * (C * (C // 4) + C // 4) if config.predictor else 0)
     routed = len(config.routed_layers)
-    blocks = (config.n_layer - routed) * block(T) / T + routed * (block(taken) / T + chooser)
+    blocks = (config.n_layer - routed) * block(T) / T + routed * (block(n_taken) / T + chooser)
     return blocks + 2 * C * config.vocab_size

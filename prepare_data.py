@@ -13,11 +13,13 @@ import glob
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import random
 import re
 import shlex
+import shutil
 import stat
 import sys
 import sysconfig
@@ -62,6 +64,7 @@ DOWNLOADS = {  # address, and SHA-256 of the text (where that is zipped: of the 
     ),
 }
 DATASETS = ("stdlib", *DOWNLOADS)
+PROMPTS = {"stdlib": "def ", "shakespeare": "ROMEO:\n", "enwik8": "The "}  # that suit a text; else end-of-text
 
 # ---------------------------------------------------------------------------------------------------------
 # Tokenizers
@@ -203,17 +206,17 @@ def download(url):
 
 
 class Progress:
-    """What was done of `total` bytes, on stderr: a line that is written over, at most once a second."""
+    """What was done of `total` bytes, as a Status."""
 
     def __init__(self, what, total):
-        self.what, self.of_total = what, f" of {total / 1e6:.1f}" if total else ""
-        self.done, self.said = 0, time.monotonic()
+        self.what, self.total, self.of_total = what, total, f" of {total / 1e6:.1f}" if total else ""
+        self.done, self.status = 0, Status()
 
     def add(self, size):
         self.done += size
-        if time.monotonic() >= self.said + 1:
-            self.said = time.monotonic()
-            print(f"  {self.what} {self.done / 1e6:.1f}{self.of_total} MB", end="\r", file=sys.stderr)
+        self.status(f"{self.what} {self.done / 1e6:.1f}{self.of_total} MB")
+        if self.done == self.total:
+            self.status.clear()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -285,7 +288,7 @@ def prepare(dataset="stdlib", inputs=None, tokenizer="bytes", out=None, overwrit
     By default that is data/NAME, or for another tokenizer than bytes data/NAME-TOKENIZER. Returns it. Raises UserError
     before it writes any token: what was prepared earlier stays. Without `overwrite` it replaces only data of the same
     dataset and tokenizer. In meta.json, size is bytes of text, sha256 is the text's, tokens_sha256 that of train.bin
-    and val.bin; bytes_per_val_token turns a loss per token into one per byte.
+    and val.bin; bytes_per_val_token turns a loss per token into one per byte; prompt is what samples begin with.
     """
     start = time.perf_counter()
     dataset = "input" if inputs else dataset
@@ -312,6 +315,7 @@ def prepare(dataset="stdlib", inputs=None, tokenizer="bytes", out=None, overwrit
         "val_tokens": len(val),
         "tokens_sha256": sha256_of([train, val]),
         "bytes_per_val_token": val_bytes / len(val),
+        "prompt": PROMPTS.get(dataset, ""),
     }
     if dataset == "stdlib":
         meta["python"] = platform.python_version()
@@ -456,6 +460,29 @@ def make_parser(config_class, description):
         text += "" if f.default in (None, "") else f" (default: {f.default})"
         parser.add_argument(f"--{f.name}", help=text, **options)
     return parser
+
+
+class Status:
+    """A line on a terminal, at standard error, rewritten at most once a second: a sign of life. Elsewhere nothing."""
+
+    def __init__(self):
+        self.next = 0.0 if sys.stderr.isatty() else math.inf
+
+    def due(self):
+        return time.monotonic() >= self.next
+
+    def __call__(self, text):
+        if self.due():
+            self.write(text[: shutil.get_terminal_size().columns - 1])
+            self.next = time.monotonic() + 1
+
+    def clear(self):
+        if self.next < math.inf:
+            self.write("")
+
+    def write(self, text):
+        with suppress(OSError):  # the terminal may have been closed
+            print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager

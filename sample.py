@@ -29,7 +29,7 @@ import torch
 
 from mod import Cache, MoD, RoutedBlock, flops_per_token, sample
 from prepare_data import UserError, encode, get_tokenizer, load_data, make_parser, option, run, write_atomic
-from train import EVAL_TOKENS, dense_flops, load_checkpoint, pick_device, spread_windows
+from train import EVAL_TOKENS, dense_flops, load_checkpoint, pick_device, spread_windows, use_threads
 
 PAGE = Path(__file__).resolve().parent / "assets" / "page.html"  # the template of --html
 WARMUP = 3  # steps that are not timed: the prompt's, and two single tokens
@@ -38,7 +38,9 @@ WARMUP = 3  # steps that are not timed: the prompt's, and two single tokens
 @dataclass
 class SampleConfig:
     out: str = option("out/mod", "folder of the checkpoint")
-    prompt: str = option("", "text to continue; - reads standard input; nothing means end-of-text")
+    prompt: str | None = option(
+        None, "text to continue; - reads standard input, '' means end-of-text (default: one that suits the run's data)"
+    )
     num_tokens: int = option(400, "tokens to draw")
     num_samples: int = option(1, "texts to draw, one after the other, with seed, seed + 1, ...")
     temperature: float = option(0.8, "below 1 is more cautious; 0 always takes the likeliest token")
@@ -81,10 +83,17 @@ def to_bfloat16(model):
     return model
 
 
+def store_by_columns(model):
+    """The model, its large matrices now laid out by columns, values unchanged: a CPU multiplies a lone token by them up
+    to 1.3 times as fast. Not for training: optimizers and checkpoints should see plain tensors."""
+    for name, p in model.named_parameters():
+        if name.endswith(("qkv.weight", "up.weight", "head.weight")):
+            p.data = p.data.t().contiguous().t()
+    return model
+
+
 def read_prompt(text, tokenizer):
-    """The ids of a prompt, at least one. Raises UserError for what can't be read or encoded."""
-    if text == "-" and sys.stdin is None:
-        raise UserError("standard input is closed, so that --prompt - has nothing to read; open it or give the text")
+    """The ids of a prompt, at least one. Raises UserError for what can't be encoded."""
     try:  # surrogateescape: bytes of the command line that were not UTF-8 survive
         data = sys.stdin.buffer.read() if text == "-" else text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
@@ -150,7 +159,7 @@ def report(model, cost):
     """Speed, compute and memory as lines for a person."""
     config, weight, T = model.config, model.embedding.weight, cost.cache.length
     rate = f"{cost.timed / cost.seconds:,.1f} tokens/s" if cost.timed else "too few tokens to time"
-    lines = [f"{rate} ({weight.device.type}, {weight.dtype}, batch 1; the first {WARMUP} steps left out)"]
+    lines = [f"{rate} ({device_name(weight.device)}, {weight.dtype}, batch 1; the first {WARMUP} steps left out)"]
     if cost.fed:
         share = cost.depth / (cost.fed * len(config.routed_layers))
         flops, used = flops_per_token(config, T, share), cache_bytes(cost.cache)
@@ -308,7 +317,7 @@ def dense_twin(model):
     twin = MoD(dataclasses.replace(model.config, capacity=1.0)).to(model.embedding.weight).eval()
     weights = {name.replace(".block.", "."): weight for name, weight in model.state_dict().items()}
     twin.load_state_dict(weights, strict=False)
-    return twin
+    return store_by_columns(twin)
 
 
 @torch.inference_mode()
@@ -487,13 +496,13 @@ def main(argv):
     config = SampleConfig(**vars(make_parser(SampleConfig, "Sample from a checkpoint.").parse_args(argv)))
     check(config)
     model, checkpoint = load_checkpoint(config.out, pick_device(config.device))
-    if config.dtype == "bfloat16":
-        model = to_bfloat16(model)
+    use_threads(1, model.config.n_embd)
+    model = store_by_columns(to_bfloat16(model) if config.dtype == "bfloat16" else model)
     tokenizer = get_tokenizer(checkpoint["meta"]["tokenizer"])
     n_routed = len(model.config.routed_layers)
     if not n_routed and (config.show_depth or config.html or config.bench):
         raise UserError(f"{config.out} has no routed block; --show_depth, --html and --bench need one")
-    prompt = read_prompt(config.prompt, tokenizer)
+    prompt = read_prompt(checkpoint["meta"]["prompt"] if config.prompt is None else config.prompt, tokenizer)
     if config.bench:
         return bench_checkpoint(model, prompt, config, load_data(checkpoint["train"]["data"], checkpoint["meta"])[1])
     view, cost = None, Cost()
@@ -508,7 +517,7 @@ def main(argv):
         if page:
             page.write(html_page(template, model, texts, cost, config).encode())
     if page:
-        print(f"the page is {Path(config.html).resolve()}", file=sys.stderr)
+        print(f"the page is {os.path.abspath(config.html)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -483,7 +483,7 @@ def test_a_step_costs_only_what_is_taken(B):
         taken = int(route.taken.sum())
         assert counted == B * (2 * matrices + 2 * chooser + 2 * C * 29) + taken * matrices
         all_taken.add(taken)
-    assert {0, B, 2 * B} <= all_taken
+    assert {0, 2 * B} < all_taken
 
 
 def test_extend_refuses_what_it_would_get_wrong():
@@ -574,7 +574,6 @@ def test_top_p_keeps_no_more_among_ties_than_it_needs():
     assert sample(torch.zeros(2000, 4), top_p=0.6).unique().numel() == 3
 
 
-@pytest.mark.xfail(strict=True, reason="all that tie with the k-th are kept")
 def test_top_k_keeps_exactly_k_among_ties():
     torch.manual_seed(0)
     assert (sample(torch.tensor([[2.0, 2.0, 0.0]]).repeat(2000, 1), top_k=1) == 0).all()  # as argmax
@@ -684,7 +683,7 @@ def test_weights_and_cache_may_be_bfloat16_but_for_routers_and_predictors():
             p.data = p.data.bfloat16()
     logits, _, cache = step_by_step(model, idx, 4)
     assert logits.isfinite().all()
-    assert all(kv.k.dtype == kv.v.dtype == torch.bfloat16 and max(kv.length) > 4 for kv in cache.blocks)
+    assert all(kv.k.dtype == kv.v.dtype == torch.bfloat16 and max(kv.length) > 0 for kv in cache.blocks)
     assert model(idx, idx, causal=True)[1].dtype == torch.float32  # a loss is a mean of many
 
 

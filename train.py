@@ -23,13 +23,22 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+# Before torch is loaded: threads that wait for each other give their cores up after microseconds. As they are, on a
+# machine with other work each step waits for whoever spins.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from mod import CHOICES, Block, MoD, MoDConfig, choice_loss, flops_per_token
-from prepare_data import UserError, get_tokenizer, load_data, make_parser, option, prepare, write_atomic
+from prepare_data import Status, UserError, get_tokenizer, load_data, make_parser, option, prepare, write_atomic
 from prepare_data import run as run_program
 
 # Sizes and rates that TrainConfig leaves None. cpu: minutes on two cores. gpu: as wide as nanoGPT's baby GPT, and four
@@ -78,6 +87,7 @@ class TrainConfig:
 
 # Where and how a run is computed; all else must be as it began. (Rounding may differ, and random routing's noise.)
 FREE_ON_RESUME = ("data", "out", "device", "dtype", "compile", "accumulate", "resume", "overwrite")
+ALL_THREADS = torch.get_num_threads()
 EVAL_TOKENS, FINAL_EVAL_TOKENS = 2**14, 2**17  # validation tokens used, during the run and at its end
 
 # ---------------------------------------------------------------------------------------------------------
@@ -142,30 +152,34 @@ def training_step(run, network, train_data, team):
 
 
 @torch.no_grad()
-def evaluate(model, data, tokens, autocast):
-    """Losses and routing statistics on about that many tokens, the same ones every time, evenly spread.
+def evaluate(model, data, tokens, autocast, batch_size, status=lambda text: None):
+    """Losses and routing statistics on about that many tokens, the same ones every time, evenly spread; batch_size
+    sequences at once. status(text) is told how far it is.
 
     Returns val_topk, val_causal, val_skip (every routed block skipped) in nats per token, and per routed
     block: agree (causal decision equals top-k's), recall (of the taken tokens), share (taken causally).
     """
     size = model.config.block_size
     text = spread_windows(data, size, tokens)
-    torch.manual_seed(0)  # random routing draws its noise here
     routed = bool(model.config.routed_layers)
     ways = {"val_topk": {}}
     if routed:
         ways |= {"val_causal": {"causal": True}, "val_skip": {"causal": True, "threshold": math.inf}}
     sums, counts = dict.fromkeys(ways, 0.0), 0
-    for batch in text.split(16):
-        batch, routes = batch.to(model.rope.device), {}
-        for way, options in ways.items():
-            with autocast():
-                _, loss, routes[way] = model(batch[:, :-1], batch[:, 1:], **options)
-            sums[way] += loss.item() * len(batch)
-        if routed:
-            foreseen, taken = routes["val_topk"].logit > 0, routes["val_topk"].taken
-            masks = torch.stack((foreseen == taken, foreseen & taken, taken, routes["val_causal"].taken))
-            counts += masks.sum((2, 3)).cpu()  # (4, L)
+    device = model.rope.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)  # random routing draws its noise
+        for i, batch in enumerate(text.split(batch_size)):
+            status(f"evaluating, {i * batch_size / len(text):.0%}")
+            batch, routes = batch.to(device), {}
+            for way, options in ways.items():
+                with autocast():
+                    _, loss, routes[way] = model(batch[:, :-1], batch[:, 1:], **options)
+                sums[way] += loss.item() * len(batch)
+            if routed:
+                foreseen, taken = routes["val_topk"].logit > 0, routes["val_topk"].taken
+                masks = torch.stack((foreseen == taken, foreseen & taken, taken, routes["val_causal"].taken))
+                counts += masks.sum((2, 3)).cpu()  # (4, L)
     result = {way: total / len(text) for way, total in sums.items()}
     if not routed:  # one forward says it all
         return {**result, "val_causal": result["val_topk"], "val_skip": result["val_topk"]}
@@ -177,16 +191,25 @@ def evaluate(model, data, tokens, autocast):
     return result
 
 
-def report(result, steps, bytes_per_token):
-    """One line of text for an evaluation."""
-    bits = result["val_causal"] / math.log(2) / bytes_per_token
-    timing = result["timing"]
-    left = timing["seconds"] / result["step"] * (steps - result["step"])
-    return (
-        f"step {result['step']:,} ({result['step'] / steps:.0%})  loss {result['loss']:.4f}  "
-        f"val {result['val_causal']:.4f} ({bits:.3f} bits per byte)  "
-        f"{timing['tokens_per_second']:,.0f} tokens/s  {left:.0f} s left"
-    )
+def report(run):
+    """The last evaluation as a line of text, and a line that the model writes."""
+    last, left = run.log[-1], run.seconds / run.step * (run.steps - run.step)
+    bits = last["val_causal"] / math.log(2) / run.meta["bytes_per_val_token"]
+    losses = f"loss {last['loss']:.4f}  val {last['val_causal']:.4f} ({bits:.3f} bits/byte)"
+    speed = f"{last['timing']['tokens_per_second']:,.0f} tokens/s"
+    text = write(run.model, run.meta, 60, run.config.seed)
+    return f"step {run.step:,}/{run.steps:,}  {losses}  {speed}  {left:.0f} s left\n    {text!r}"
+
+
+def write(model, meta, num_tokens, seed):
+    """A text that the model draws, at temperature 0.8, after a prompt that suits its data."""
+    tokenizer = get_tokenizer(meta["tokenizer"])
+    prompt = tokenizer.encode_ordinary(meta["prompt"]) or [tokenizer.eot_token]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        steps = model.generate(torch.tensor([prompt], device=model.rope.device), num_tokens, temperature=0.8)
+        drawn = [step.token.item() for step in steps]
+    return meta["prompt"] + tokenizer.decode(drawn, errors="replace")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -208,7 +231,7 @@ class Run:
         self.optimizers = make_optimizers(
             self.model, config.router_lr_scale, config.routed_lr_scale, config.weight_decay
         )
-        self.step, self.log = 0, []
+        self.step, self.log, self.evaluated = 0, [], 0  # evaluated: the step of the last evaluation
         self.loss_sum, self.loss_count = torch.zeros(2, device=device), 0  # language model's and choice's
         self.started = time.perf_counter()  # less the seconds before a resumption
 
@@ -234,10 +257,16 @@ class Run:
             self.model.load_state_dict(checkpoint["model"])
             for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
+                # Fused AdamW walks raw memory, so a moment must lie there as its parameter does.
+                for p, moments in optimizer.state.items():
+                    for key, value in moments.items():
+                        if value.shape == p.shape:
+                            moments[key] = torch.empty_like(p).copy_(value)
             self.step, self.log, self.loss_count = (checkpoint[name] for name in ("step", "log", "loss_count"))
+            self.evaluated = self.log[-1]["step"] if self.log else 0
             self.loss_sum += torch.tensor(checkpoint["loss_sum"], device=self.loss_sum.device)
             self.started -= checkpoint["seconds"]
-        if self.step >= self.steps:
+        if self.evaluated >= self.steps:
             budget = "--steps" if self.config.flops is None else "--flops"
             raise UserError(
                 f"{out} has done {self.step} of {self.steps} steps; ask for more with {budget} to go on (the learning "
@@ -295,20 +324,32 @@ class Run:
             )
         return losses
 
-    def evaluate(self, losses, val_data, tokens_per_second):
-        """Add an entry to the log; losses are mean_losses'."""
+    def due(self):
+        """Whether an evaluation is: at each tenth of the run, or as asked, and at first after a hundredth."""
+        every = self.config.eval_interval or max(1, self.steps // 10)
+        early = self.config.eval_interval is None and self.step == max(1, self.steps // 100)
+        return self.evaluated < self.step and (early or self.step % every == 0 or self.step == self.steps)
+
+    def evaluate(self, losses, val_data, batch_size, tokens_per_second, status):
+        """Add an entry to the log. losses are mean_losses'; batch_size sequences are evaluated at once."""
         entry = {"step": self.step, "flops": self.step * self.flops_per_step, "loss": losses[0]}
         if self.learns_to_choose:
             entry["choice_loss"] = losses[1]
-        self.model.eval()
         tokens = EVAL_TOKENS if self.step < self.steps else FINAL_EVAL_TOKENS
-        entry |= evaluate(self.model, val_data, tokens, self.autocast)
+        self.model.eval()
+        try:
+            entry |= evaluate(self.model, val_data, tokens, self.autocast, batch_size, status)
+        except RuntimeError:  # out of memory, say: what was trained is not lost
+            self.save()
+            raise
         self.model.train()
         self.finite([entry["val_topk"], entry["val_causal"]])
         entry["timing"] = {"tokens_per_second": tokens_per_second, "seconds": self.seconds}
         self.log.append(entry)
 
-    def forget_losses(self):
+    def begin_anew(self):
+        """After an evaluation, on every device."""
+        self.evaluated = self.step
         self.loss_sum.zero_()
         self.loss_count = 0
 
@@ -367,11 +408,18 @@ def pick_device(name):
         raise UserError(f"device {name!r} can't be used here; cpu always can") from error
 
 
+def use_threads(tokens, n_embd):
+    """Set the number of threads for steps of that many tokens on a CPU: one for little work, which is faster than two,
+    else all. Leaves it as it is where OMP_NUM_THREADS is set."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1 if tokens * n_embd < 1024 else ALL_THREADS)
+
+
 class Team:
     """The processes that train together, a device each: this one alone, or as many as torchrun started."""
 
     def __init__(self, device_name):
-        self.device = pick_device(device_name)
+        self.device, self.status = pick_device(device_name), Status()
         try:
             self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
             if not 0 <= self.rank < self.world:
@@ -419,13 +467,55 @@ class Team:
         return bool(flag)
 
     def say(self, text):
+        """Print lines of text, to standard error."""
         if self.leads:
+            self.status.clear()
             with suppress(OSError):  # who reads along may leave, or close the terminal; the run goes on
                 print(text, file=sys.stderr, flush=True)
 
+    @contextmanager
+    def sole_writer(self, out):
+        """Make the folder out, and refuse it while another run writes there (on Windows, which lacks flock, don't)."""
+        Path(out).mkdir(parents=True, exist_ok=True)
+        if not self.leads or fcntl is None:
+            yield
+            return
+        folder = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run is writing into {out}; wait for it, or name another --out") from error
+        try:
+            yield
+        finally:
+            os.close(folder)
+
 
 # ---------------------------------------------------------------------------------------------------------
-# Being asked to stop
+# The line on the terminal, and being asked to stop
+
+
+class Meter:
+    """The speed since the last evaluation, and a line about it on a terminal."""
+
+    def __init__(self, run, team):
+        self.run, self.team = run, team
+        self.begin_anew()
+
+    def begin_anew(self):
+        self.since, self.first = time.perf_counter(), self.run.step
+
+    @property
+    def tokens_per_second(self):
+        return (self.run.step - self.first) * self.run.tokens_per_step / (time.perf_counter() - self.since)
+
+    def show(self):
+        run = self.run
+        if self.team.leads and self.team.status.due():
+            left = run.seconds / run.step * (run.steps - run.step)
+            loss = run.loss_sum[0].item() / run.loss_count  # waits for the device
+            speed = f"{self.tokens_per_second:,.0f} tokens/s"
+            self.team.status(f"step {run.step:,}/{run.steps:,}  loss {loss:.3f}  {speed}  {left:.0f} s left")
 
 
 class StopSignals:
@@ -484,8 +574,6 @@ def check(config, world):
             raise UserError(f"--{name} {getattr(config, name)} must be 0 or above")
     if not 0 <= config.seed < 2**31:
         raise UserError(f"--seed {config.seed} must be from 0 to 2**31 - 1")
-    if config.steps is not None and config.flops is not None:
-        raise UserError("--steps and --flops are two budgets; give one of them")
     if config.batch_size % (world * config.accumulate):
         raise UserError(
             f"--batch_size {config.batch_size} doesn't divide into {world} device(s) x --accumulate {config.accumulate}"
@@ -495,8 +583,10 @@ def check(config, world):
 
 
 def check_out(config):
-    """Raise UserError if --out can't take this run."""
+    """Raise UserError for flags that contradict each other, or if --out can't take this run."""
     out = Path(config.out)
+    if config.steps is not None and config.flops is not None:
+        raise UserError("--steps and --flops are two budgets; give one of them")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; --out takes a folder")
     if config.resume and config.overwrite:
@@ -517,19 +607,24 @@ def open_data(config, meta):
 
 
 def describe(run):
-    """What is about to be trained, three lines of text."""
+    """What is about to be trained, lines of text."""
     config, shape, size = run.config, run.model.config, run.config.block_size
-    how = "compiled" if config.compile else "eager"
+    how = f"{torch.get_num_threads()} thread(s), " if config.device == "cpu" else ""
+    how += "compiled" if config.compile else "eager"
     relative = flops_per_token(shape, size) / dense_flops(shape, size)
-    return "\n".join(
-        (
-            f"{run.loss_sum.device}, {config.dtype}, torch {torch.__version__}, {how}",
-            " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items() if value is not None),
-            f"{run.n_params:,} parameters; {run.steps:,} steps of {run.tokens_per_step:,} tokens, "
-            f"{run.steps * run.flops_per_step:.3g} training FLOPs; a token costs {relative:.2f} of what a dense model "
-            "of this shape spends on it",
-        )
-    )
+    lines = [
+        f"{run.loss_sum.device}, {config.dtype}, torch {torch.__version__}, {how}",
+        " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items() if value is not None),
+        f"{run.n_params:,} parameters; {run.steps:,} steps of {run.tokens_per_step:,} tokens, "
+        f"{run.steps * run.flops_per_step:.3g} training FLOPs",
+    ]
+    if shape.routed_layers:
+        lines.append(f"a token costs {relative:.2f} of what a dense model of this shape spends on it")
+    elif shape.capacity < 1:
+        lines.append(f"dense: with --n_layer {shape.n_layer} and --route_every {shape.route_every} no block is routed")
+    if run.step:
+        lines.append(f"going on after step {run.step:,}")
+    return "\n".join(lines)
 
 
 def train(config, team, checkpoint=None):
@@ -546,32 +641,39 @@ def train(config, team, checkpoint=None):
     if checkpoint:
         run.resume(checkpoint)
     network = team.wrap(torch.compile(run.model, fullgraph=True) if config.compile else run.model)
-    eval_interval = config.eval_interval or max(1, run.steps // 10)
+    at_once = config.batch_size // (team.world * config.accumulate)  # sequences: what fits in training fits then
+    use_threads(at_once * config.block_size, config.n_embd)
     team.say(describe(run))
-    if team.leads:
-        run.write_log()  # fails now, if it must, not when there is something to lose
-
-    with StopSignals(team.say) as stop:
-        timer = time.perf_counter(), run.step
-        while run.step < run.steps and not team.any(stop.asked):
+    with team.sole_writer(config.out), StopSignals(team.say) as stop:
+        if team.leads:
+            run.write_log()  # fails now, if it must, not when there is something to lose
+        meter = Meter(run, team)
+        while True:
+            if run.due():
+                losses = run.mean_losses(team)  # waits for the device: the meter is right
+                if team.leads:
+                    run.evaluate(losses, val_data, at_once, meter.tokens_per_second, team.status)
+                run.begin_anew()
+                if team.leads:
+                    run.save()
+                    team.say(report(run))
+                meter.begin_anew()
+            if run.step == run.steps or team.any(stop.asked):
+                break
             training_step(run, network, train_data, team)
-            if run.step % eval_interval and run.step < run.steps:
-                continue
-            losses = run.mean_losses(team)  # waits for the device: the timing is right
-            speed = (run.step - timer[1]) * run.tokens_per_step / (time.perf_counter() - timer[0])
-            run.forget_losses()
-            if team.leads:
-                run.evaluate(losses, val_data, speed)
-                run.save()
-                team.say(report(run.log[-1], run.steps, meta["bytes_per_val_token"]))
-            timer = time.perf_counter(), run.step
+            meter.show()
         if run.step < run.steps:
-            run.mean_losses(team)  # nothing is saved unless they are finite
-            if team.leads:
-                run.save()
-            again = f"python train.py --resume --out {shlex.quote(config.out)}"
-            team.say(f"stopped at step {run.step}, saved; go on with `{again}`")
+            leave_early(run, team)
     return run
+
+
+def leave_early(run, team):
+    """Save a run that was asked to stop."""
+    run.mean_losses(team)  # nothing is saved unless they are finite
+    if team.leads:
+        run.save()
+    again = f"python train.py --resume --out {shlex.quote(run.config.out)}"
+    team.say(f"stopped at step {run.step}, saved; go on with `{again}`")
 
 
 def resumed(given, out):
@@ -587,23 +689,32 @@ def resumed(given, out):
     return TrainConfig(**{**saved, "overwrite": False, **given, "out": out}), checkpoint
 
 
-def summarize(config, result):
-    """Say what the run has come to, and print a sample of its text; result is its last evaluation."""
-    model, checkpoint = load_checkpoint(config.out, pick_device(config.device))
-    losses = f"{result['val_causal']:.4f}"
-    if "agree" in result:
-        losses += f" causal, {result['val_topk']:.4f} top-k, {result['val_skip']:.4f} with every routed block skipped"
+def summarize(run):
+    """Say what the run has come to, and print a sample of its text."""
+    last, out = run.log[-1], shlex.quote(run.config.out)
+    losses = f"{last['val_causal']:.4f}"
+    if "agree" in last:
+        losses += f" causal, {last['val_topk']:.4f} top-k, {last['val_skip']:.4f} with every routed block skipped"
     print(
-        f"done: {result['flops']:.3g} training FLOPs in {result['timing']['seconds']:.0f} s; validation loss {losses}. "
-        f"{config.out}/ckpt.pt says, after end-of-text:",
+        f"done: {last['flops']:.3g} training FLOPs in {last['timing']['seconds']:.0f} s; validation loss {losses}.\n"
+        f"{run.config.out}/ckpt.pt writes:",
         file=sys.stderr,
     )
-    tokenizer = get_tokenizer(checkpoint["meta"]["tokenizer"])
-    prompt = torch.tensor([[tokenizer.eot_token]], device=model.rope.device)
-    torch.manual_seed(config.seed)
-    tokens = [step.token.item() for step in model.generate(prompt, 400)]
-    print(tokenizer.decode(tokens, errors="replace"))
-    print(f"more of it: python sample.py --out {shlex.quote(config.out)}", file=sys.stderr)
+    print(write(run.model, run.meta, 400, run.config.seed))
+    print(f"more: python sample.py --out {out}, with --show_depth or --html page.html to see where the compute went",
+          file=sys.stderr)  # fmt: skip
+
+
+@contextmanager
+def explained_memory():
+    """Make a UserError of running out of memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in reason):  # the latter on a CPU
+            raise
+        raise UserError(f"out of memory ({reason}); take a smaller --batch_size, or --accumulate 2 or more") from error
 
 
 def main(argv):
@@ -613,16 +724,11 @@ def main(argv):
     config, checkpoint = resumed(given, out) if given.get("resume") else (TrainConfig(**given), None)
     if config.data == TrainConfig.data and not (Path(config.data) / "meta.json").exists():  # it is written last
         prepare()
-    try:
-        with Team(config.device) as team:
-            run = train(config, team, checkpoint)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory ({str(error).splitlines()[0]}); take a smaller --batch_size, or --accumulate 2 or more"
-        ) from error
+    with explained_memory(), Team(config.device) as team:
+        run = train(config, team, checkpoint)
     ended = run.step == run.steps
     if team.leads and ended:
-        summarize(config, run.log[-1])
+        summarize(run)
     # 130 as after any Ctrl-C, so that what was to follow the run does not. (But ranks above 0 leave with 0, or torchrun
     # would end the first while it saves.)
     status = 130 if team.leads and not ended else 0
@@ -693,6 +799,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
+                if p.grad is None:
+                    continue
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 mean = self.state[p]["momentum_buffer"]

@@ -33,10 +33,11 @@ from sample import (  # noqa: E402
     dense_twin,
     device_name,
     generate_without_cache,
+    store_by_columns,
     time_steps,
     to_bfloat16,
 )
-from train import make_optimizers, pick_device, step_flops  # noqa: E402
+from train import make_optimizers, pick_device, step_flops, use_threads  # noqa: E402
 
 MAX_TOKENS = 2**14  # of a batch and its context; the prompts alone would take minutes
 THRESHOLD = 1.0  # what the routers of random_model are scaled for
@@ -80,7 +81,7 @@ def random_model(config, device):
     for i, block in enumerate(routed):  # in order, since the later ones see what the earlier ones do
         r = model(idx, causal=True, threshold=THRESHOLD)[2].r[i]
         block.router.weight /= r.flatten().quantile(1 - config.capacity)
-    return model
+    return store_by_columns(model)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -92,6 +93,7 @@ def sampling_row(model, prompt, num_tokens, rounds):
 
     *_prefill_tok_s count its tokens up to the first that is drawn, topk_forward_tok_s in a forward pass as in training.
     """
+    use_threads(len(prompt), model.config.n_embd)
     row = bench(model, prompt, num_tokens, rounds, THRESHOLD)
     models = {"fast": model, "all_blocks": computing_all(model), "dense": dense_twin(model)}
     rates = defaultdict(list)
@@ -179,6 +181,7 @@ def step(argv):
         for capacity in (MoDConfig.capacity, 1.0):
             torch.manual_seed(0)
             model = MoD(MoDConfig(**shape, capacity=capacity)).to(device)
+            use_threads(args.batch_size * args.block_size, n_embd)
             idx = torch.randint(model.config.vocab_size, (args.batch_size, args.block_size), device=device)
             network = torch.compile(model, fullgraph=True) if args.compile else model
             steps.append(training_steps(model, idx, network))
@@ -240,6 +243,7 @@ def peers(argv):
     for n_embd in args.n_embd:
         torch.manual_seed(0)
         shape = dict(n_layer=args.n_layer, n_head=n_embd // 64, n_embd=n_embd)
+        use_threads(1, n_embd)
         mod = random_model(MoDConfig(block_size=args.context, **shape), device)
         dense = dense_twin(mod)
         gpt2_config = transformers.GPT2Config(

@@ -93,15 +93,14 @@ def sweep(jobs, table, row_of, processes, report=print_row):
                 running.append(start(waiting.pop(0)))
             time.sleep(0.5)
             parts = ", ".join(f"{read_log(job['out'])[1]:.0%}" for job, _ in running)
-            show(
-                f"after {time.monotonic() - began:.0f} s: {len(waiting)} runs wait, {len(running)} have come to {parts}"
-            )
+            show(f"{time.monotonic() - began:.0f} s; under way: {parts}; after these: {len(waiting)}")
             for job, process in [pair for pair in running if pair[1].poll() is not None]:
                 running.remove((job, process))
                 log, part = read_log(job["out"])
                 if part < 1:
-                    why = (job["out"] / "stderr.txt").read_text(encoding="utf-8", errors="replace").split("\n")[-2:][0]
-                    raise UserError(f"a run failed, with {why!r}; the rest is in {job['out'] / 'stderr.txt'}")
+                    said = job["out"] / "stderr.txt"
+                    last = (said.read_text(encoding="utf-8", errors="replace").splitlines() or [""])[-1]
+                    raise UserError(f"a run failed, and its last words are {last!r}; the rest is in {said}")
                 row = row_of(job, log)
                 new = not table.exists()
                 with open(table, "a", encoding="utf-8", newline="") as file:

@@ -43,8 +43,12 @@ def small_data(tmp_path_factory):
 
 
 @pytest.fixture
-def run_train(small_data, tmp_path):
-    """train.main on the small data and a tiny model, into tmp_path / name; returns the last line of its log, a dict."""
+def run_train(small_data, tmp_path, monkeypatch):
+    """train.main on the small data and a tiny model, into tmp_path / name; returns the last line of its log, a dict.
+
+    Without the texts that it has the model write, which take most of the time.
+    """
+    monkeypatch.setattr(train, "write", lambda *_: "")
 
     def call(*flags, name="run"):
         train.main([*TINY, f"--data={small_data}", f"--out={tmp_path / name}", *flags])
