@@ -348,6 +348,7 @@ def load_data(path, expected=None):
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         train, val = (np.memmap(path / name, DTYPE, "r") for name in ("train.bin", "val.bin"))
+        meta["prompt"], meta["bytes_per_val_token"]
         if meta["vocab_size"] != VOCAB_SIZES.get(meta["tokenizer"]):
             raise ValueError(f"unknown tokenizer {meta['tokenizer']!r} with {meta['vocab_size']} tokens")
         if (len(train), len(val)) != (meta["train_tokens"], meta["val_tokens"]):

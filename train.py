@@ -622,6 +622,8 @@ def describe(run):
         lines.append(f"a token costs {relative:.2f} of what a dense model of this shape spends on it")
     elif shape.capacity < 1:
         lines.append(f"dense: with --n_layer {shape.n_layer} and --route_every {shape.route_every} no block is routed")
+    if config.preset == "gpu":
+        lines.append("nobody has run the gpu preset to its end yet; --preset cpu makes the model that README shows")
     if run.step:
         lines.append(f"going on after step {run.step:,}")
     return "\n".join(lines)

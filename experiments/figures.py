@@ -337,49 +337,33 @@ def best_key(runs):
 
 
 def isoflop(args):
-    """Causal loss of each shape at each budget; the lowest of each family (the mean over its seeds,
-    bars for their range); the same relative to dense."""
+    """The lowest causal loss of MoD and of random routing at each budget, in percent of dense's; bars: one standard
+    error of the difference."""
     runs = isoflop_runs(args)
     budgets = sorted({key[1] for key in runs})
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), width_ratios=(2, 1.5, 1.5))
-    baseline = {}  # by budget; dense comes first
-    for i, (family, name) in enumerate(FAMILIES.items()):
-        lowest = []
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    axis.axhline(0, color=COLORS["dense"], lw=1.5, label="dense")
+    for shift, family in ((1.04, "mod"), (1 / 1.04, "random")):  # beside each other, so that no bar hides another
+        points = []
         for budget in budgets:
-            points = {key: of for key, of in runs.items() if key[:2] == (family, budget)}
-            if not points:  # not run yet
-                continue
-            curves = defaultdict(list)  # by width: parameters and loss of each shape
-            for shape in sorted({key[2] for key in points}):
-                of = runs[best_key({key: of for key, of in points.items() if key[2] == shape})]
-                curves[parse_shape(shape)[1]].append((of[0]["params"], np.mean([run["loss"] for run in of])))
-            for curve in curves.values():
-                left.plot(*zip(*sorted(curve), strict=True), marker="o", ms=4, color=COLORS[family])
-            best = points[best_key(points)]
-            losses = [run["loss"] for run in best]
-            mean = np.mean(losses)
-            if family == "dense":
-                left.text(best[0]["params"], mean - 0.006, label(budget), ha="center", va="top", fontsize=8)
-                baseline[budget] = mean
-            lowest.append((budget, mean, mean - min(losses), max(losses) - mean))
-        x, y, down, up = np.array(lowest).reshape(-1, 4).T
-        style = {"marker": "o", "ms": 4, "color": COLORS[family], "capsize": 3, "label": name}
-        middle.errorbar(x, y, yerr=(down, up), **style)
-        percent = np.array([baseline.get(budget, np.nan) / 100 for budget in x])  # NaN, not drawn: dense was not run
-        # beside each other, so that no bar hides another
-        right.errorbar(x * 1.07 ** (i - 1), y / percent - 100, yerr=(down / percent, up / percent), **style)
-    left.set(xlabel="thousands of parameters", ylabel="causal validation loss (nats per byte)", title="Each shape")
-    left.set_xlim(left=0)
-    middle.set(xlabel="training FLOPs", xscale="log", yscale="log", title="Lowest of each family")
-    middle.yaxis.set_major_formatter("{x:.2f}")
-    middle.yaxis.set_minor_formatter("{x:.2f}")
-    right.set(xlabel="training FLOPs", xscale="log", ylabel="loss above dense's (%)", title="The same, beside dense")
-    for axis in (middle, right):
-        axis.set_xticks(budgets, list(map(label, budgets)), minor=False)
-        axis.set_xticks([], minor=True)
-    middle.legend()
-    for axis in (left, middle, right):
-        axis.grid(color=PALE)
+            lowest = {}
+            for of in (family, "dense"):
+                found = {key: runs[key] for key in runs if key[:2] == (of, budget)}
+                lowest[of] = np.array([run["loss"] for run in found[best_key(found)]]) if found else None
+            a, b = lowest.values()
+            if a is not None and b is not None and min(len(a), len(b)) > 1:
+                error = math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
+                points.append((budget * shift, 100 * (a.mean() / b.mean() - 1), 100 * error / b.mean()))
+        if points:
+            x, y, bars = zip(*points, strict=True)
+            style = {"marker": "o", "ms": 5, "ls": "none", "capsize": 3, "color": COLORS[family]}
+            axis.errorbar(x, y, yerr=bars, label=FAMILIES[family], **style)
+    axis.set(xlabel="training FLOPs", xscale="log", ylabel="loss against dense (%)")
+    axis.set_title("Even with dense; random routing a little behind", loc="left")
+    axis.set_xticks(budgets, list(map(label, budgets)), minor=False)
+    axis.set_xticks([], minor=True)
+    axis.legend()
+    axis.grid(color=PALE)
     return figure
 
 

@@ -82,6 +82,13 @@ def look(model, x, y, rank=None, **options):
     return torch.cat(losses), routes[0] and Route(*(torch.cat(part, 1) for part in zip(*routes, strict=True)))
 
 
+@torch.no_grad()
+def entropy(model, x):
+    """Of the distribution of the next byte at each token of x (N, T), in nats, with every routed block skipped."""
+    p = [model(rows, causal=True, threshold=math.inf)[0].softmax(dim=-1) for rows in x.split(16)]
+    return torch.special.entr(torch.cat(p)).sum(dim=-1)
+
+
 def read_twice(model, data):
     """Causal loss on half a context of data, and on the same text when it comes a second time."""
     half = model.config.block_size // 2
@@ -147,6 +154,10 @@ def main(argv):
     sets = *route.taken, route.taken.any(0)
     rows = [(name, percent(g), *(percent(taken[g]) for taken in sets)) for name, g in groups.items()]
     table("Share taken", ("of the tokens", "part of the text", *names, "by any block"), rows)
+    depth, uncertain = look(model, x, y, causal=True)[1].taken.sum(0), entropy(dense or model, x)
+    rows = [(str(n), percent(depth == n), f"{uncertain[depth == n].mean():.3f}") for n in range(len(names) + 1)]
+    title = f"Is compute spent where {hard_for} is uncertain? Entropy of the next byte"
+    table(title, ("routed blocks that processed the token", "tokens", "mean entropy, nats"), rows)
     readers = {args.out: model} | ({args.dense: dense} if dense else {})
     rows = [(out, *(f"{loss:.3f}" for loss in read_twice(reader, data))) for out, reader in readers.items()]
     table("Has it learned to copy? Causal loss on half a context", ("model", "first reading", "second reading"), rows)

@@ -17,7 +17,7 @@ from statistics import mean, variance
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments.sweep import SCHEDULE, lowest_of, read_table  # noqa: E402
+from experiments.sweep import lowest_of, read_table  # noqa: E402
 from prepare_data import Parser, run, write_atomic  # noqa: E402
 
 ASSETS = ROOT / "assets"
@@ -60,25 +60,9 @@ def difference_cell(difference, error):
     return f"{difference:+.1f} %" + f" ({error:.1f})" * (error < inf)
 
 
-def recipe_cell(recipe, rows, family):
-    """A recipe, the losses of its seeds, and their mean."""
-    text = f"{recipe.shape}, batch {recipe.batch_size}, {float(recipe.lr) * 1e3:g}e-3"
-    if recipe.schedule != SCHEDULE:
-        text += f", {recipe.schedule}"
-    text += ": "
-    if family == "mod" and recipe.causal == "predictor":
-        text += "predictor, "
-    if len(rows) > 1:
-        text += " ".join(f"{loss:.4f}" for loss in losses(rows)) + ", mean "
-    text += f"**{mean(losses(rows)):.4f}**"
-    if family == "mod":
-        text += f" ({mean(losses(rows, 'val_topk')):.4f})"
-    return text
-
-
 def lowest_table(runs, text):
     differences = defaultdict(list)
-    lines = ["| training FLOPs | dense | MoD: causal (top-k) | random routing | MoD against dense | against random |",
+    lines = ["| budget | dense | MoD | random routing | MoD against dense | against random routing |",
              "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for budget in sorted({key[1] for key in runs if key[0] == text}):
         cells, best = [f"{budget:.0e}".replace("+", "")], {}
@@ -89,7 +73,7 @@ def lowest_table(runs, text):
                 continue
             recipe = lowest_of({recipe: losses(rows) for recipe, rows in by_recipe.items()})
             best[family] = losses(by_recipe[recipe])
-            cells.append(recipe_cell(recipe, by_recipe[recipe], family))
+            cells.append(f"{recipe.shape}: {mean(best[family]):.4f}")
         for other in ("dense", "random"):
             if "mod" in best and other in best:
                 differences[other].append(difference(best["mod"], best[other]))
