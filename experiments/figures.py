@@ -5,22 +5,16 @@
     python experiments/figures.py --only isoflop --out assets       in the place of the READMEs' own
 
 routing_map   which routed block processes which byte of a piece of validation text
-histograms    r, and the probability foreseen, of tokens that top-k takes, against the others
-curves        loss of dense, MoD and random routing against training FLOPs and wall-clock
 spending      what the routed blocks process: by kind of byte, position, and loss
 dial          causal loss against FLOPs per token, over --threshold of sample.py
-bench         sampling speed and cache size, from bench.json
-ablations     the loss of each variant of the recipe, from ablations.csv
-isoflop       loss against parameters at equal training FLOPs, and the lowest against FLOPs, from isoflop.csv
+isoflop       the lowest loss of MoD and random routing beside dense's, from isoflop.csv
 halves        each MoD shape against its dense half, from isoflop.csv
 
-"Processed" means causally, as when sampling; "taken" by top-k. The first two, spending and dial need a byte-level run.
+"Processed" means causally, as when sampling; "taken" by top-k. The first two need a byte-level run.
 """
 
-import json
 import math
 import re
-import shlex
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -33,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.isoflop import COLORS  # noqa: E402
 from experiments.router_stats import KINDS, kinds_of, load, look  # noqa: E402
-from experiments.sweep import SCHEDULE, dense_half, lowest_of, parse_shape, read_log, read_table, show  # noqa: E402
+from experiments.sweep import SCHEDULE, dense_half, lowest_of, parse_shape, read_table, show  # noqa: E402
 from prepare_data import Parser, UserError, run  # noqa: E402
 from sample import compute_dial  # noqa: E402
 from train import dense_flops  # noqa: E402
@@ -46,14 +40,6 @@ except ImportError:
 
 INK, GREY, PALE = "#1b1b1b", "#6b6b6b", "#e9e9e9"
 FAMILIES = {"dense": "dense", "mod": "MoD", "random": "random routing"}
-MADE_BY = {  # the command for an input that is missing
-    "mod": "python train.py --flops 2e13 --out {path}",
-    "dense": "python train.py --capacity 1 --n_layer 3 --flops 2e13 --out {path}",
-    "random": "python train.py --routing random --flops 2e13 --out {path}",
-    "bench.json": "python experiments/bench.py",
-    "ablations.csv": "python experiments/ablate.py",
-    "isoflop.csv": "python experiments/isoflop.py",
-}
 ASSETS = ROOT / "assets"
 
 
@@ -121,32 +107,6 @@ def routing_map(args):
     return figure
 
 
-def histograms(args):
-    """Per routed block, how r and the foreseen probability are distributed over tokens taken by top-k or not."""
-    model, _, x, y = load(args.mod)
-    route, blocks = look(model, x, y)[1], block_names(model)
-    size = (2.5 * len(blocks), 4.6)
-    figure, axes = plt.subplots(2, len(blocks), figsize=size, sharex="row", sharey="row", squeeze=False)
-    low, high = np.quantile(route.r, (0.0005, 0.9995))
-    for j, (upper, lower) in enumerate(axes.T):
-        groups = (
-            ("not taken", "#9aa5b1", ~route.taken[j]),
-            ("taken by top-k", COLORS["mod"], route.taken[j]),
-        )
-        for name, color, chosen in groups:
-            style = {"color": color, "alpha": 0.75, "label": name}
-            style["weights"] = np.full(int(chosen.sum()), 100 / chosen.numel())
-            upper.hist(route.r[j][chosen], np.linspace(low, high, 41), **style)
-            lower.hist(route.logit[j][chosen].sigmoid(), np.linspace(0, 1, 21), **style)
-        upper.set(title=blocks[j], xlabel="router weight r")
-        lower.set(xlabel="foreseen probability", yscale="log")
-        lower.axvline(0.5, color=INK, linewidth=0.8, linestyle="--")
-    axes[0, 0].set_ylabel("% of the tokens")
-    axes[1, 0].set_ylabel("% of the tokens (log scale)")
-    axes[0, -1].legend()
-    return figure
-
-
 def shares(sets, group, n):
     """% of the tokens in each of n groups that each of the sets (bool, N, T) holds: (len(sets), n)."""
     return np.array([[100 * s[group == g].float().mean() for g in range(n)] for s in sets])
@@ -191,27 +151,6 @@ def spending(args):
     return figure
 
 
-def curves(args):
-    """Causal validation loss against training FLOPs and wall-clock, without the first fifth of each run."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
-    for family, name in FAMILIES.items():
-        out = getattr(args, family)
-        log, part = read_log(out)
-        if part < 1:
-            resume = f"python train.py --resume --out {shlex.quote(str(out))}"
-            raise UserError(f"{out}/log.jsonl is of no finished run; go on with `{resume}`")
-        log = log[1:]
-        during = log[len(log) // 5 : -1]  # the last one is on more tokens, so it is no point of the curve
-        losses = [line["val_causal"] for line in during]
-        style = {"ms": 3, "color": COLORS[family], "label": f"{name}: {log[-1]['val_causal']:.3f}"}
-        left.plot([line["flops"] for line in during], losses, "o-", **style)
-        right.plot([line["timing"]["seconds"] / 60 for line in during], losses, "o-", **style)
-    left.set(xlabel="training FLOPs", ylabel="causal validation loss (nats per token)")
-    right.set(xlabel="wall-clock (minutes, evaluation included)")
-    left.legend(title="at the end, on more tokens", alignment="left")
-    return figure
-
-
 def dial(args):
     """One trained model at many thresholds: causal loss against forward FLOPs, as trained in bold."""
     model, _, x, y = load(args.mod)
@@ -232,85 +171,6 @@ def dial(args):
     axis.set(xlabel="forward FLOPs per token, of a dense model's of the same shape", xlim=(None, max(flops) + 0.06))
     axis.set(ylabel="causal validation loss (nats per byte)", title="The compute dial: one model, many thresholds")
     axis.margins(y=0.12)
-    return figure
-
-
-def grouped_bars(axis, groups, names, colors, values):
-    """Bars side by side in each group, one for each name; values[name][group]. Returns the bars of each name."""
-    drawn, width = [], 0.84 / len(names)
-    for j, (name, color, heights) in enumerate(zip(names, colors, values, strict=True)):
-        x = np.arange(len(groups)) + width * (j - (len(names) - 1) / 2)
-        drawn.append(axis.bar(x, heights, 0.92 * width, color=color, label=name))
-    axis.set_xticks(range(len(groups)), groups)
-    axis.set_xlabel("width (n_embd)")
-    return drawn
-
-
-def bench(args):
-    """Speed over a dense model with a cache: all ways at batch 1, the fast path by batch; and bytes of KV cache."""
-    rows = json.loads((ASSETS / "bench.json").read_text(encoding="utf-8"))["rows"]
-    if len({(row["device"], row["dtype"], row["n_layer"]) for row in rows}) > 1:
-        raise UserError(f"{ASSETS / 'bench.json'} has more than one device, dtype or depth; a figure shows one")
-    table = {(row["n_embd"], row["batch"], row["context"]): row for row in rows}
-    widths, batches, contexts = (sorted({key[i] for key in table}) for i in range(3))
-    shown = [(n, batches[0], contexts[-1]) for n in widths] + [(n, b, contexts[0]) for n in widths for b in batches]
-    for n, batch, context in (key for key in shown if key not in table):
-        command = f"{MADE_BY['bench.json']} --n_embd {n} --batch {batch} --context {context}"
-        raise UserError(f"{ASSETS / 'bench.json'} has a gap, which `{command}` fills")
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.9))
-    one = [table[n, batches[0], contexts[-1]] for n in widths]
-    ways = "fast_tok_s", "all_blocks_tok_s", "no_cache_tok_s"
-    values = [[row[way] / row["dense_tok_s"] for row in one] for way in ways]
-    names = "MoD, skipping", "MoD, all blocks computed", "MoD, no cache"
-    fast, *_ = grouped_bars(left, widths, names, (COLORS["mod"], "#e8a598", "#bbb"), values)
-    speeds = [f"{row['fast_tok_s']:,.0f} per s" for row in one]
-    left.bar_label(fast, speeds, label_type="center", rotation=90, color="white", size=8)
-    x = np.array([bar.get_x() for bar in fast])
-    left.hlines([row["ideal"] for row in one], x, x + fast[0].get_width(), color=INK, label="ideal, by FLOPs")
-    names, short = [f"batch {batch}" for batch in batches], contexts[0]
-    pairs = [[table[n, batch, short] for n in widths] for batch in batches]
-    values = [[row["fast_tok_s"] / row["dense_tok_s"] for row in line] for line in pairs]
-    grouped_bars(middle, widths, names, shades(len(batches)), values)
-    values = [[row[key] / 2**20 for row in one] for key in ("dense_cache_bytes", "cache_bytes")]
-    _, ours = grouped_bars(right, widths, ("dense", "MoD"), (COLORS["dense"], COLORS["mod"]), values)
-    shrunk = [f"{row['cache_bytes'] / row['dense_cache_bytes']:.2f} x" for row in one]
-    right.bar_label(ours, shrunk, size=8, padding=2)
-    left.set_title(f"Speed, batch {batches[0]}, context {contexts[-1]:,}")
-    middle.set_title(f"Speed of MoD, skipping, context {short:,}")
-    right.set(title=f"KV cache, batch {batches[0]}, context {contexts[-1]:,}", ylabel="MiB in use")
-    for axis in (left, middle):
-        axis.axhline(1, color=COLORS["dense"], zorder=0, label="dense, with cache")
-        axis.set_ylabel("tokens per second, dense = 1")
-    for axis in (left, middle, right):
-        axis.set_ylim(0, 1.35 * axis.get_ylim()[1])
-        axis.legend(ncols=2, loc="upper left", columnspacing=1)
-    figure.suptitle(f"Sampling: {rows[0]['device']}, {rows[0]['dtype']}, {rows[0]['n_layer']} blocks")
-    return figure
-
-
-def ablations(args):
-    """Causal loss of each variant of the recipe that has most variants: a dot per seed, and the mean."""
-    recipes = defaultdict(lambda: defaultdict(list))
-    for row in read_table(ASSETS / "ablations.csv"):
-        name = row["variant"] + ", predictor" * (row["causal"] == "predictor")
-        recipe = tuple(row[column] for column in ("budget", "shape", "batch_size", "lr", "routed_lr_scale", "schedule"))
-        recipes[recipe][name].append(float(row["val_causal"]))
-    most = max(recipes, key=lambda recipe: len(recipes[recipe]))
-    budget, shape, batch_size, lr, routed, schedule = most
-    variants = sorted(recipes[most].items(), key=lambda item: -np.mean(item[1]))
-    figure, axis = plt.subplots(figsize=(8, 1.1 + 0.26 * len(variants)))
-    for i, (name, losses) in enumerate(variants):
-        color = COLORS["dense" if "dense" in name else "random" if name.startswith("random") else "mod"]
-        axis.plot(losses, [i] * len(losses), "o", color=color, alpha=0.5, ms=5, mew=0)
-        axis.plot(np.mean(losses), i, "|", color=color, ms=14, mew=2.5)
-    axis.set_yticks(range(len(variants)), [f"{name} ({len(losses)})" for name, losses in variants])
-    axis.set_xlabel("causal validation loss (nats per token): a dot per seed, a bar at the mean")
-    axis.set_title(
-        f"Variants (seeds) of MoD {shape} at {label(float(budget))} training FLOPs: batch {batch_size}, rate {lr},\n"
-        f"routed blocks at {routed} of it, {schedule} schedule"
-    )
-    axis.set_ylim(-0.6, len(variants) - 0.4)
-    axis.grid(axis="y", color=PALE)
     return figure
 
 
@@ -416,28 +276,22 @@ def halves(args):
     return figure
 
 
-FIGURES = {f.__name__: f for f in (routing_map, histograms, curves, spending, dial, bench, ablations, isoflop, halves)}
-NEEDS = {
-    "curves": list(FAMILIES),
-    "bench": ["bench.json"],
-    "ablations": ["ablations.csv"],
-    "isoflop": ["isoflop.csv"],
-    "halves": ["isoflop.csv"],
-}  # the others: mod
+FIGURES = {f.__name__: f for f in (routing_map, spending, dial, isoflop, halves)}
 
 
 def check_inputs(name, args):
     """Raise UserError, with the command that makes it, if a figure lacks something that it is drawn from."""
-    for need in NEEDS.get(name, ["mod"]):
-        path = getattr(args, need) / "ckpt.pt" if need in FAMILIES else ASSETS / need
-        if not path.exists():
-            raise UserError(f"{name} needs {path}, which `{MADE_BY[need].format(path=path.parent)}` makes")
+    if name in ("isoflop", "halves"):
+        path, command = ASSETS / "isoflop.csv", "python experiments/isoflop.py"
+    else:
+        path, command = args.mod / "ckpt.pt", f"python train.py --out {args.mod}"
+    if not path.exists():
+        raise UserError(f"{name} needs {path}, which `{command}` makes")
 
 
 def main(argv):
     parser = Parser(description="Draw the READMEs' figures.")
-    for name, about in FAMILIES.items():
-        parser.add_argument(f"--{name}", type=Path, default=ROOT / "out" / name, help=f"folder of {about}")
+    parser.add_argument("--mod", type=Path, default=ROOT / "out" / "mod", help="folder of a MoD run")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "figures", help="folder for them (out/figures)")
     parser.add_argument("--only", nargs="+", choices=FIGURES, metavar="NAME", help="these, and all of them")
     parser.add_argument("--snippet", default="def ", help="how the paragraph in routing_map begins")

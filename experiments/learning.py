@@ -59,7 +59,7 @@ def draw(text, depths):
             shown = {" ": "·", "\n": "↵"}.get(char, char)
             color = "white" if n == most else GREY if char.isspace() else INK
             axis.text(x + 0.5, y + 0.5, shown, ha="center", va="center", family="monospace", size=9, color=color)
-    figure.suptitle(f"First newlines, then indentation: light, one routed block took the byte; dark, {most}", color=INK)
+    figure.suptitle(f"First newlines, then indentation (light: 1 routed block took the byte; dark: {most})", color=INK)
     return figure
 
 

@@ -49,7 +49,7 @@ import train  # noqa: E402
 from experiments.sweep import parse_shape, sweep  # noqa: E402
 from prepare_data import Parser, run  # noqa: E402
 
-BIAS_STEP = 0.01  # ten times DeepSeek-V3's, since runs here are short
+BIAS_STEP = 0.001  # DeepSeek-V3's
 muon_without_experts = train.muon_matrices
 
 

@@ -48,6 +48,7 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_change_that_breaks_the_model_is_worse(repository, run_compare):
     edit(repository / "mod.py", "logits = self.head(norm(x))\n", "logits = self.head(norm(x)) * 0\n")
     status, lines = run_compare()
@@ -62,6 +63,7 @@ def test_a_change_that_breaks_the_model_is_worse(repository, run_compare):
     assert again[-1] == lines[-1]
 
 
+@pytest.mark.slow
 def test_a_comment_is_no_difference(repository, run_compare):
     edit(repository / "mod.py", "class MoD(", "# A comment.\nclass MoD(")
     status, lines = run_compare()

@@ -157,7 +157,7 @@ def test_the_report_counts_bits_per_byte_and_fits_a_terminal(run_train, tmp_path
 def test_a_terminal_sees_a_line_at_once_and_then_each_second(small_data, tmp_path):
     """In a pseudo-terminal; elsewhere, as the test above shows, there are only whole lines."""
     leader, follower = pty.openpty()
-    command = [sys.executable, ROOT / "train.py", *TINY, f"--data={small_data}", f"--out={tmp_path}", "--steps=60"]
+    command = [sys.executable, ROOT / "train.py", *TINY, f"--data={small_data}", f"--out={tmp_path}", "--steps=30"]
     with subprocess.Popen(command, stderr=follower, stdout=subprocess.DEVNULL) as process:
         os.close(follower)
         shown = b""
@@ -166,8 +166,8 @@ def test_a_terminal_sees_a_line_at_once_and_then_each_second(small_data, tmp_pat
                 shown += part
         os.close(leader)
         assert process.wait() == 0
-    assert re.search(rb"\rstep 1/60  loss \d.\d{3}  [\d,]+ tokens/s  \d+ s left\x1b\[K", shown)
-    assert shown.count(b"\rstep ") < 60 / 2
+    assert re.search(rb"\rstep 1/30  loss \d.\d{3}  [\d,]+ tokens/s  \d+ s left\x1b\[K", shown)
+    assert shown.count(b"\rstep ") < 30 / 2
 
 
 @pytest.mark.parametrize("flags", ["--capacity=1", "--route_every=5"])
