@@ -15,7 +15,7 @@ integrated_N      Experts in every block and a *no-op* beside them: half of the 
                   not by the attention. In 3x96 a token then costs 9 % more than in dense 2x96.
 
 Every matrix of a block has Muon, also in routed blocks. With the ending _adamw, experts and routed blocks have AdamW at
-half the rate instead.
+half the rate instead. The experts' routers have train.py's rate for routers, a tenth of the body's.
 
 The paper says that staged MoDE routes tokens around or towards a block ahead of its self-attention, and that integrated
 MoDE has no-op experts among the conventional ones. It leaves open how many experts there are and in which blocks,

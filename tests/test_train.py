@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -145,13 +146,15 @@ def test_a_log_line_says_what_happened_since_the_last(run_train, tmp_path, forwa
     assert max(text) == 4  # sequences at once: no more than in a training step
 
 
-def test_the_report_counts_bits_per_byte_and_fits_a_terminal(run_train, tmp_path, capfd):
+def test_the_report_counts_bits_per_byte_and_fits_a_terminal(run_train, capfd):
     last = run_train("--steps=4", "--eval_interval=2")
-    lines = capfd.readouterr().err.splitlines()
-    bits = last["val_causal"] / math.log(2) / load(tmp_path / "run")["meta"]["bytes_per_val_token"]
-    shown = [line for line in lines if line.startswith("step ")]
+    shown = [line for line in capfd.readouterr().err.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in shown] == ["2/4", "4/4"] and max(map(len, shown)) <= 100
-    assert f"val {last['val_causal']:.4f} ({bits:.3f} bits/byte)" in shown[-1]
+    assert f"val {last['val_causal']:.4f} ({last['val_causal'] / math.log(2):.3f} bits/byte)" in shown[-1]
+    entry = {"loss": 1.0, "val_causal": 3 * math.log(2), "timing": {"tokens_per_second": 1.0}}
+    run = SimpleNamespace(log=[entry], seconds=1, step=1, steps=2, model=None, config=SimpleNamespace(seed=0))
+    run.meta = {"bytes_per_val_token": 4}
+    assert "(0.750 bits/byte)" in train.report(run)
 
 
 def test_a_terminal_sees_a_line_at_once_and_then_each_second(small_data, tmp_path):
@@ -539,13 +542,14 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(run_train, tmp_path, mo
     assert after["ckpt.pt"] == before and set(after) == {"ckpt.pt", "log.jsonl"}
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(run_train, tmp_path, monkeypatch):
+@pytest.mark.parametrize("in_training", [True, False])
+def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(run_train, tmp_path, monkeypatch, in_training):
     run_train("--steps=10", "--eval_interval=5")
     before, forward = load(tmp_path / "run"), MoD.forward
 
     def poisoned(model, *args, **options):
         logits, loss, route = forward(model, *args, **options)
-        return logits, loss * torch.nan, route
+        return logits, loss * torch.nan if model.training == in_training else loss, route
 
     monkeypatch.setattr(MoD, "forward", poisoned)
     with pytest.raises(UserError, match=r"loss is nan by step 1[25]; nothing since the last save was saved"):
