@@ -120,7 +120,8 @@ def test_a_flag_changes_what_it_says_and_nothing_else(name, small_data, tmp_path
     seeds = [0, 1] if name == "num_samples" else [flags["seed"]]
     expected = "".join(generated(model, *given, seed, **options) for seed in seeds)
     same_text = expected == generated(redrawn(), b"def f", 20)
-    assert same_text == (name in ("show_depth", "html", "bench", "device", "dtype"))
+    if name != "dtype":  # whose rounding may change a token, or none
+        assert same_text == (name in ("show_depth", "html", "bench", "device"))
     if name == "show_depth":
         text, expected = "".join(text.splitlines()[::2]), "".join(map(visible, expected[:-1])).replace("\n", "")
     assert text.replace("…", "") == ("" if name == "bench" else expected)
