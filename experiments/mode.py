@@ -49,7 +49,7 @@ import train  # noqa: E402
 from experiments.sweep import parse_shape, sweep  # noqa: E402
 from prepare_data import Parser, run  # noqa: E402
 
-BIAS_STEP = 0.001  # DeepSeek-V3's
+BIAS_STEP, NOOP_STEP = 0.001, 0.01  # DeepSeek-V3's; a no-op's bias is faster, since its share decides the FLOPs
 muon_without_experts = train.muon_matrices
 
 
@@ -75,7 +75,7 @@ class Experts(nn.Module):
     """E MLPs, of which a token uses one, or none if it picks the no-op (arXiv:2412.19437, section 2.1.2, with top-1).
 
     A token's affinity to an expert is the sigmoid of what the router says. It picks the highest affinity + bias. In
-    training a bias rises by BIAS_STEP where fewer tokens came than should, else falls. Its output is scaled by 2 x
+    training a bias rises by its step where fewer tokens came than should, else falls. Its output is scaled by 2 x
     affinity, without the bias, which is 1 where the router says 0; so the router learns.
     """
 
@@ -92,6 +92,7 @@ class Experts(nn.Module):
         passing = noop > 0  # then the no-op is the last; its bias starts near where a half of the tokens pass by
         share = [(1 - noop) / n_experts] * n_experts + [noop] * passing
         self.register_buffer("share", torch.tensor(share), persistent=False)
+        self.register_buffer("step", torch.tensor([BIAS_STEP] * n_experts + [NOOP_STEP] * passing), persistent=False)
         self.register_buffer("bias", torch.tensor([0.0] * n_experts + [0.7] * passing))
 
     def forward(self, x):
@@ -101,7 +102,7 @@ class Experts(nn.Module):
         choice = (F.pad(affinity, (0, len(self.bias) - len(self.block))) + self.bias).argmax(dim=1)  # (N,)
         load = choice.bincount(minlength=len(self.bias))
         if self.training:
-            self.bias += BIAS_STEP * (self.share * len(choice) - load).sign()
+            self.bias += self.step * (self.share * len(choice) - load).sign()
         order = choice.argsort()  # an expert's tokens side by side, the no-op's at the end
         parts = x_NC.index_select(0, order).split(load.tolist())
         y = torch.cat([mlp(part) for mlp, part in zip(self.block, parts, strict=False)])  # without the no-op's part
