@@ -23,8 +23,8 @@ whether tokens pick experts or experts tokens, how many no-ops there are and how
 balanced and outputs gated, how a no-op's score learns, and how to sample. Our no-op has a bias, but no weights, since a
 gate gives no gradient to what adds nothing: a token passes by if no expert's affinity, plus its bias, is above that.
 
-Sampling is exact, in eval mode, since a token picks its expert alone: one pass over a text and the same text token by
-token give the same logits, staged in MoD's causal mode, the others always.
+Sampling is exact, since a token picks its expert alone: one pass over a text and the same text token by token give the
+same logits, staged in MoD's causal mode, the others always.
 
 Muon costs the same for an expert that sees few tokens, so the budget is counted in two ways. It pays forward, backward
 and Muon ("training": equal training FLOPs), or forward, backward and the Muon of the model without experts ("forward":
@@ -101,7 +101,7 @@ class Experts(nn.Module):
         affinity = self.router(x_NC).sigmoid()  # (N, E)
         choice = (F.pad(affinity, (0, len(self.bias) - len(self.block))) + self.bias).argmax(dim=1)  # (N,)
         load = choice.bincount(minlength=len(self.bias))
-        if self.training:
+        if self.training and torch.is_grad_enabled():  # not while train.py shows a sample
             self.bias += self.step * (self.share * len(choice) - load).sign()
         order = choice.argsort()  # an expert's tokens side by side, the no-op's at the end
         parts = x_NC.index_select(0, order).split(load.tolist())
