@@ -210,7 +210,9 @@ def write(model, meta, num_tokens, seed):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         steps = model.generate(torch.tensor([prompt], device=model.rope.device), num_tokens, temperature=0.8)
+        model.eval()  # mod.py's is the same in both modes, but a fork may have dropout
         drawn = [step.token.item() for step in steps]
+        model.train()
     return meta["prompt"] + tokenizer.decode(drawn, errors="replace")
 
 

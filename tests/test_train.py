@@ -173,6 +173,14 @@ def test_a_terminal_sees_a_line_at_once_and_then_each_second(small_data, tmp_pat
     assert shown.count(b"\rstep ") < 30 / 2
 
 
+def test_a_sample_is_drawn_in_eval_mode_and_training_goes_on():
+    """What counts in training, as dropout or a balance of experts in a fork, once ran while a sample was shown."""
+    model, modes = MoD(MoDConfig(n_layer=2, n_head=2, n_embd=16)), []
+    model.blocks[0].register_forward_pre_hook(lambda block, _: modes.append(block.training))
+    text = train.write(model, {"tokenizer": "bytes", "prompt": "def "}, 5, seed=0)
+    assert text.startswith("def ") and len(modes) == 5 and not any(modes) and model.training
+
+
 @pytest.mark.parametrize("flags", ["--capacity=1", "--route_every=5"])
 def test_a_dense_run_has_one_validation_loss(run_train, capfd, flags):
     """Also where no block happens to be routed, which is said."""
