@@ -396,10 +396,11 @@ def test_a_file_that_cannot_be_written_is_found_out_first(call, run_dir, monkeyp
 @pytest.mark.parametrize("predictor", [True, False])
 def test_the_page_shows_a_token_at_first_and_when_it_is_pointed_at(call, tmp_path, predictor):
     model, page = redrawn(predictor=predictor), tmp_path / "page.html"
-    prompt = "x" * SIZE + "<b"  # two more than the context
+    prompt = "x" * SIZE + "<\n"  # two more than the context
     call(f"--prompt={prompt}", "--num_tokens=3", f"--html={page}", out=save(tmp_path / "run", model))
     tokens, _ = drawn(model, list(prompt.encode()), num_tokens=3)
-    events = {2: None, SIZE: "mouseover", SIZE + 2: "focus", SIZE + 4: "click"}  # at first the first one that was fed
+    events = {2: None}  # at first the first one that was fed
+    events |= {SIZE: "mouseover", SIZE + 1: "mouseover", SIZE + 2: "focus", SIZE + 4: "click"}
     driver = "const cards = [];"
     for i, event in events.items():
         driver += f"spans[{i}].dispatchEvent(new Event('{event}'));" if event else ""
@@ -417,7 +418,8 @@ def test_the_page_shows_a_token_at_first_and_when_it_is_pointed_at(call, tmp_pat
         token = tokens[i]
         assert f"token {token.id}, " in card and (token.route is None) == ("not fed" in card)
         if token.probability is None:
-            assert "from the prompt" in card and f"<code>{'&lt;' if i == SIZE else 'x'}</code>" in card
+            shown = {SIZE: "&lt;", SIZE + 1: "↵"}.get(i, "x")
+            assert "from the prompt" in card and f"<code>{shown}</code>" in card
         else:
             assert float(re.search(r"probability ([^<]*)", card)[1]) == pytest.approx(token.probability, rel=0.01)
         expected = []
@@ -429,6 +431,8 @@ def test_the_page_shows_a_token_at_first_and_when_it_is_pointed_at(call, tmp_pat
     assert re.findall("<li>(foreseen|gate): ", dom) == ["foreseen", "gate"][not predictor :]
     scale = re.findall('<span class="fed" style="--depth: ([^;]*);">(\\d)</span>', dom)
     assert scale == [("0", "0"), ("0.5", "1"), ("1", "2")]
+    shades = re.findall('<span class="fed" tabindex="0" style="--depth: ([^;]*);">', dom)
+    assert [float(shade) * 2 for shade in shades] == [token.depth for token in tokens if token.route is not None]
     assert dom.count('class="unfed') == 2 + 1 + 1  # outside the context, the last one, and the legend's
 
 
@@ -496,20 +500,20 @@ def test_the_bench_reports_medians_of_the_right_steps(monkeypatch):
 
 def test_the_bench_of_a_checkpoint(call, run_dir, small_data, tmp_path):
     """It is of --threshold, of a text that the model wrote, and of the validation data that the run began with."""
-    _, said = call("--bench", "--prompt=def f", "--threshold=0.5")
+    _, said = call("--bench", "--prompt=def f", "--threshold=1.5")
     written = json.loads((run_dir / "bench.json").read_text(encoding="utf-8"))
     (row,), dial = written["rows"], written["dial"]
     assert (row["n_layer"], row["n_embd"], row["batch"], row["context"]) == (4, 16, 1, SIZE)
     model, idx = redrawn(), torch.tensor([list(b"def f")])
     for num_tokens in (SIZE, WARMUP + 12):
         torch.manual_seed(0)
-        steps = list(model.generate(idx, num_tokens, threshold=0.5))
+        steps = list(model.generate(idx, num_tokens, threshold=1.5))
         idx = torch.cat((idx, *(step.token for step in steps)), dim=1)[:, -(SIZE - WARMUP - 12) :]
     assert row["share"] == pytest.approx(torch.stack([x.route.taken for x in steps[WARMUP:]]).float().mean().item())
     assert f"{row['dense_tok_s']:,.1f}" in said and f"{row['fast_tok_s'] / row['dense_tok_s']:.2f}\n" in said
 
     windows = spread_windows(load_data(small_data)[1], SIZE, EVAL_TOKENS)
-    assert [at["threshold"] for at in dial] == [-1e3, -4, -2, -1, 0, 0.5, 1, 2, 4, 1e3]
+    assert [at["threshold"] for at in dial] == [-1e3, -4, -2, -1, 0, 1, 1.5, 2, 4, 1e3]
     for at in dial:
         _, loss, route = model(windows[:, :-1], windows[:, 1:], causal=True, threshold=at["threshold"])
         numbers = [loss.item(), route.taken.float().mean().item()]
