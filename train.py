@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-# Before torch is loaded: threads that wait for each other give their cores up after microseconds. As they are, on a
-# machine with other work each step waits for whoever spins.
+# Before torch is loaded: a thread that waits for others spins for a moment only, then gives its core up. By default it
+# spins far longer, and beside other programs a step takes many times as long.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
@@ -209,8 +209,8 @@ def write(model, meta, num_tokens, seed):
     prompt = tokenizer.encode_ordinary(meta["prompt"]) or [tokenizer.eot_token]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        steps = model.generate(torch.tensor([prompt], device=model.rope.device), num_tokens, temperature=0.8)
         model.eval()  # mod.py's is the same in both modes, but a fork may have dropout
+        steps = model.generate(torch.tensor([prompt], device=model.rope.device), num_tokens, temperature=0.8)
         drawn = [step.token.item() for step in steps]
         model.train()
     return meta["prompt"] + tokenizer.decode(drawn, errors="replace")
@@ -271,6 +271,7 @@ class Run:
             self.loss_sum += torch.tensor(checkpoint["loss_sum"], device=self.loss_sum.device)
             self.started -= checkpoint["seconds"]
         if self.evaluated >= self.steps:
+            self.write_log()  # which a kill may have kept from being written after the checkpoint
             budget = "--steps" if self.config.flops is None else "--flops"
             raise UserError(
                 f"{out} has done {self.step} of {self.steps} steps; ask for more with {budget} to go on (the learning "
@@ -465,10 +466,12 @@ class Team:
             tensor.div_(self.world)
 
     def any(self, flag):
-        flag = torch.tensor(float(flag), device=self.device) if self.world > 1 else flag
-        if self.world > 1:
-            dist.all_reduce(flag)
-        return bool(flag)
+        """Whether flag is true on any device."""
+        if self.world == 1:
+            return flag
+        count = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(count)
+        return count.item() > 0
 
     def say(self, text):
         """Print lines of text, to standard error."""

@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.isoflop import COLORS  # noqa: E402
 from experiments.router_stats import KINDS, kinds_of, load, look  # noqa: E402
-from experiments.sweep import SCHEDULE, dense_half, lowest_of, parse_shape, read_table, show  # noqa: E402
-from prepare_data import Parser, UserError, run  # noqa: E402
+from experiments.sweep import SCHEDULE, dense_half, lowest_of, parse_shape, read_table  # noqa: E402
+from prepare_data import Parser, Status, UserError, run  # noqa: E402
 from sample import compute_dial  # noqa: E402
 from train import dense_flops  # noqa: E402
 
@@ -304,13 +304,14 @@ def main(argv):
     plt.rc("axes.spines", top=False, right=False)
     plt.rc("legend", frameon=False, fontsize="small")
     plt.rc("figure.constrained_layout", use=True)
-    left_out = []
+    left_out, status = [], Status()
     for name in args.only or FIGURES:
-        show(f"drawing {name}")
+        status(f"drawing {name}")
         path = args.out / f"{name}.png"
         try:
             check_inputs(name, args)
             FIGURES[name](args).savefig(path, dpi=160, facecolor="white")
+            status.clear()
             print(path, flush=True)
         except UserError as error:
             if args.only:

@@ -1,5 +1,5 @@
 """What isoflop.py, ablate.py and compare.py share: run train.py many times, a process a core, and keep a table of the
-results; and a line on the terminal for whoever waits."""
+results; and a line on the terminal for who waits."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from statistics import mean
 
-from prepare_data import UserError
+from prepare_data import Status, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEDULE = "linear"  # that of train.py; the tables' older rows had a cosine from the peak to a tenth of it
@@ -52,21 +52,13 @@ def read_log(out):
     return lines, lines[-1].get("step", 0) / lines[0]["steps"] if lines else 0
 
 
-def show(text):
-    """A line on stderr, if that is a terminal, which whatever comes next overwrites."""
-    if sys.stderr.isatty():
-        print(f"{text:79.79}", end="\r", file=sys.stderr, flush=True)
-
-
 def watched(parts, name):
-    """The parts of a list, one by one; about once a second show says how far that is."""
-    last = time.monotonic()
+    """The parts of a list, one by one; a Status says how far that is."""
+    status = Status()
     for i, part in enumerate(parts):
-        if time.monotonic() > last + 1:
-            show(f"{name}: {i} of {len(parts)}")
-            last = time.monotonic()
+        status(f"{name}: {i} of {len(parts)}")
         yield part
-    show("")
+    status.clear()
 
 
 def print_row(row):
@@ -86,14 +78,14 @@ def sweep(jobs, table, row_of, processes, report=print_row):
     done = [{k: row[k] for k in jobs[0]["key"]} for row in read_table(table)]
     waiting = [job for job in jobs if {k: str(v) for k, v in job["key"].items()} not in done]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are in {table}; {len(waiting)} to go", flush=True)
-    running, began = [], time.monotonic()
+    running, began, status = [], time.monotonic(), Status()
     try:
         while waiting or running:
             while waiting and len(running) < processes:
                 running.append(start(waiting.pop(0)))
             time.sleep(0.5)
             parts = ", ".join(f"{read_log(job['out'])[1]:.0%}" for job, _ in running)
-            show(f"{time.monotonic() - began:.0f} s; under way: {parts}; after these: {len(waiting)}")
+            status(f"{time.monotonic() - began:.0f} s; under way: {parts}; after these: {len(waiting)}")
             for job, process in [pair for pair in running if pair[1].poll() is not None]:
                 running.remove((job, process))
                 log, part = read_log(job["out"])
@@ -108,7 +100,7 @@ def sweep(jobs, table, row_of, processes, report=print_row):
                     if new:
                         writer.writeheader()
                     writer.writerow(row)
-                show("")
+                status.clear()
                 report(row)
     finally:
         for _, process in running:

@@ -655,8 +655,10 @@ def test_an_existing_run_is_neither_overwritten_nor_changed_by_accident(run_trai
         (["--resume", out], "has done 2 of 2 steps"),
         (["--resume", "--overwrite", out, "--steps=4"], "give one of them"),
     ):
+        (tmp_path / "run/log.jsonl").unlink(missing_ok=True)  # as if killed before it was written
         with pytest.raises(UserError, match=message):
             train.main(flags)
+        assert (tmp_path / "run/log.jsonl").exists() == (message == "has done 2 of 2 steps")
     train.main(["--resume", out, "--steps=4"])
     assert log_lines(tmp_path / "run")[0]["steps"] == load(tmp_path / "run")["step"] == 4
     assert run_train("--steps=3", "--overwrite")["step"] == 3
