@@ -5,7 +5,7 @@
     python experiments/figures.py --only isoflop --out assets       in the place of the READMEs' own
 
 routing_map   which routed block processes which byte of a piece of validation text
-spending      what the routed blocks process: by kind of byte, position, and loss
+spending      what the routed blocks process: by kind of byte, and by loss
 dial          causal loss against FLOPs per token, over --threshold of sample.py
 isoflop       the lowest loss of MoD and random routing beside dense's, from isoflop.csv
 halves        each MoD shape against its dense half, from isoflop.csv
@@ -113,11 +113,11 @@ def shares(sets, group, n):
 
 
 def spending(args):
-    """The share of the tokens that each routed block processes, by kind of byte, by position, by loss."""
+    """The share of the tokens that each routed block processes, by kind of byte and by loss."""
     model, _, x, y = load(args.mod)
     taken, blocks = look(model, x, y, causal=True)[1].taken, block_names(model)
     hard = look(model, x, y, causal=True, threshold=math.inf)[0]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4), width_ratios=(1.5, 1, 1))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), width_ratios=(1.2, 1))
     kinds = kinds_of(x)
     part = kinds.flatten().bincount(minlength=len(KINDS)) / kinds.numel()
     shown = part > 0.001
@@ -131,23 +131,18 @@ def spending(args):
     left.axvline(len(blocks) - 0.5, color="white", linewidth=3)
     left.tick_params(length=0)
     left.spines[:].set_visible(False)
-    left.set_title("% processed, by kind of byte (in brackets: % of the text)")
+    left.set_title("Newlines, indentation, or letters, % processed", loc="left")
+    left.set_xlabel("beside a kind of byte: % of the text")
 
-    position = torch.arange(x.size(1)).expand_as(x) * 8 // x.size(1)
     decile = (hard.flatten().argsort().argsort() * 10 // hard.numel()).view_as(hard)
-    by_position, by_loss = shares(taken, position, 8), shares(taken, decile, 10)
-    for j, color in enumerate(shades(len(blocks))):
-        style = {"ms": 3, "color": color, "label": blocks[j]}
-        middle.plot((np.arange(8) + 0.5) * x.size(1) / 8, by_position[j], "o-", **style)
-        right.plot(range(1, 11), by_loss[j], "o-", **style)
-    for axis in (middle, right):
-        axis.axhline(100 * model.config.capacity, color=GREY, linewidth=0.8, linestyle="--", label="capacity")
-        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
-        axis.set_ylabel("% processed")
-    middle.set(title="by position in the context", xlabel="position")
-    right.set(title="by how hard the next byte is", xlabel="decile of the loss, routed blocks skipped")
-    right.set_xticks(range(1, 11))
-    middle.legend(loc="lower right", ncols=2)
+    for block, share, color in zip(blocks, shares(taken, decile, 10), shades(len(blocks)), strict=True):
+        right.plot(range(1, 11), share, "o-", ms=3, color=color, label=block)
+    right.axhline(100 * model.config.capacity, color=GREY, linewidth=0.8, linestyle="--", label="capacity")
+    right.set_ylim(bottom=0)
+    right.set_title("Easy bytes more than hard ones, % processed", loc="left")
+    right.set_xticks(range(1, 11), ["1\neasiest", *range(2, 10), "10\nhardest"])
+    right.set_xlabel("tenths by loss, routed blocks skipped")
+    right.legend()
     return figure
 
 
@@ -169,7 +164,8 @@ def dial(args):
         if trained:
             axis.plot(f, row["loss"], "o", ms=10, color=COLORS["mod"])
     axis.set(xlabel="forward FLOPs per token, of a dense model's of the same shape", xlim=(None, max(flops) + 0.06))
-    axis.set(ylabel="causal validation loss (nats per byte)", title="The compute dial: one model, many thresholds")
+    axis.set_ylabel("causal validation loss (nats per byte)")
+    axis.set_title("The threshold that was trained is next to the best", loc="left")
     axis.margins(y=0.12)
     return figure
 
@@ -228,8 +224,8 @@ def isoflop(args):
 
 
 def halves(args):
-    """Each MoD shape, with its number of blocks, against its dense half of the same batch and schedule, by the steps
-    that this half makes: the difference of causal losses."""
+    """Each MoD shape against its dense half of the same batch and schedule, by the steps that this half makes: the
+    difference of causal losses."""
     recipes = defaultdict(dict)
     for key, of in isoflop_runs(args).items():
         recipes[key[:5]][key] = of
@@ -237,38 +233,27 @@ def halves(args):
     for shape, runs in recipes.items():
         of = runs[best_key(runs)]
         lowest[shape] = np.mean([run["loss"] for run in of]), of[0]["steps"], len(of)
-    figure, axis = plt.subplots(figsize=(9, 5))
-    axis.axhline(0, color="black", lw=0.8)
     points = defaultdict(list)
     for (family, budget, shape, batch, schedule), (loss, _, seeds) in lowest.items():
         layers, width = parse_shape(shape)
         half = lowest.get(("dense", budget, f"{dense_half(layers)}x{width}", batch, schedule))
         if family == "mod" and half:
-            point = half[1], 100 * (loss / half[0] - 1), min(seeds, half[2])
-            points[width, budget, schedule].append((layers, *point))
+            points[budget, schedule].append((half[1], 100 * (loss / half[0] - 1), min(seeds, half[2])))
     if not points:
         raise UserError("halves needs a MoD shape and its dense half, such as 6x96 and 3x96, at one budget and batch")
-    widths, budgets, schedules = (sorted(set(of)) for of in zip(*points, strict=True))
-    color = dict(zip(widths, shades(len(widths)), strict=True))
-    marker = dict(zip(budgets, "osD^vPX*", strict=False))
-
-    def face(schedule, color):  # filled for train.py's, hollow for the older one
-        return color if schedule == SCHEDULE else "none"
-
-    for (width, budget, schedule), of in points.items():
-        layers, x, y, seeds = zip(*of, strict=True)
-        style = {"edgecolors": color[width], "facecolors": face(schedule, color[width]), "marker": marker[budget]}
-        axis.scatter(x, y, s=[16 * n for n in seeds], **style)
-        for name, *point in zip(layers, x, y, strict=True):
-            axis.annotate(name, point, (6, -3), textcoords="offset points", fontsize=8)
-    for width in widths:
-        axis.scatter([], [], color=color[width], label=f"{width} wide")
+    figure, axis = plt.subplots(figsize=(7, 4))
+    axis.axhline(0, color="black", lw=0.8)
+    budgets = sorted({budget for budget, _ in points})
+    color = dict(zip(budgets, shades(len(budgets)), strict=True))
+    for (budget, schedule), of in points.items():
+        x, y, seeds = zip(*of, strict=True)
+        face = color[budget] if schedule == SCHEDULE else "none"  # hollow for the older one
+        axis.scatter(x, y, s=[16 * n for n in seeds], edgecolors=color[budget], facecolors=face)
     for budget in budgets:
-        axis.scatter([], [], color="grey", marker=marker[budget], label=label(budget))
-    for schedule in schedules:
-        axis.scatter([], [], edgecolors="grey", facecolors=face(schedule, "grey"), label=f"{schedule} schedule")
+        axis.scatter([], [], color=color[budget], label=f"{label(budget)} FLOPs")
     axis.set(xscale="log", xlabel="training steps of the dense half", ylabel="MoD's loss above its dense half's (%)")
-    ticks = [1000, 2000, 5000, 10000, 20000, 50000]
+    axis.set_title("Mostly behind its dense half in short runs, mostly ahead in long ones", loc="left")
+    ticks = [500, 1000, 2000, 5000, 10000, 20000]
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
     axis.set_xticks([], minor=True)
     axis.legend()
