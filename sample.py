@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 import unicodedata
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -370,8 +370,8 @@ def bench(model, prompt, num_tokens=64, rounds=5, threshold=0.0):
             seconds, outputs[way] = time_steps(n, steps, device)
             rates[way].append(B * n / seconds)
     share = torch.cat([step.route.taken for step in outputs["fast"]]).float().mean().item()
-    keys = T + WARMUP + num_tokens / 2  # that a timed step's token attends to in a dense block, in the mean
-    length = 2 * keys  # flops_per_token counts T / 2 keys a token
+    # flops_per_token counts half as many keys a token: T + WARMUP + num_tokens / 2, as timed steps have in the mean.
+    length = 2 * (T + WARMUP) + num_tokens
     return {
         "device": device_name(device),
         "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
@@ -454,12 +454,8 @@ def bench_checkpoint(model, prompt, config, data):
 
 def emit(text, go_on):
     """Print text at once. If its reader has gone, as in `| head`, raises BrokenPipeError, or prints no more: go_on."""
-    try:
+    with suppress(BrokenPipeError) if go_on else nullcontext():
         print(text, end="", flush=True)
-    except BrokenPipeError:
-        if not go_on:
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write_texts(model, prompt, tokenizer, config, view, cost):
