@@ -71,10 +71,12 @@ PROMPTS = {"stdlib": "def ", "shakespeare": "ROMEO:\n", "enwik8": "The "}  # tha
 
 
 def get_tokenizer(name):
-    """The tiktoken.Encoding called bytes or gpt2. UserError: no network for gpt2's vocabulary."""
+    """The tiktoken.Encoding called `name`. UserError: no such name, or no network for gpt2's vocabulary."""
     if name == "bytes":  # no merges, and a pattern that takes any one character, newlines too
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens={EOT: 256})
+    if name not in VOCAB_SIZES:
+        raise UserError(f"unknown tokenizer {name!r}; choose one of {', '.join(VOCAB_SIZES)}")
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # no network; a wrong hash
@@ -128,8 +130,9 @@ def read_stdlib():
     texts = {}
     for path in STDLIB.rglob("*.py"):
         name = path.relative_to(STDLIB).as_posix()
-        if path.is_file() and not STDLIB_LEFT_OUT.intersection(name.split("/")):
-            texts[name] = path.read_bytes()
+        if not STDLIB_LEFT_OUT.intersection(name.split("/")):
+            with suppress(OSError):  # a folder of such a name, a link that leads nowhere, a file of another user's
+                texts[name] = path.read_bytes()
     names = sorted(texts)
     random.Random(STDLIB_SEED).shuffle(names)
     # Without the few that are not UTF-8, so that the text is the same for every tokenizer.

@@ -370,7 +370,7 @@ def bench(model, prompt, num_tokens=64, rounds=5, threshold=0.0):
             seconds, outputs[way] = time_steps(n, steps, device)
             rates[way].append(B * n / seconds)
     share = torch.cat([step.route.taken for step in outputs["fast"]]).float().mean().item()
-    # flops_per_token counts half as many keys a token: T + WARMUP + num_tokens / 2, as timed steps have in the mean.
+    # A timed step has T + WARMUP + num_tokens / 2 keys in the mean, and flops_per_token counts half a text's length.
     length = 2 * (T + WARMUP) + num_tokens
     return {
         "device": device_name(device),

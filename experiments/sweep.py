@@ -1,5 +1,5 @@
 """What isoflop.py, ablate.py and compare.py share: run train.py many times, a process a core, and keep a table of the
-results; and a line on the terminal for who waits."""
+results; and a line on the terminal for whoever waits."""
 
 import csv
 import json

@@ -99,6 +99,11 @@ def test_a_text_tokenized_in_parts_has_the_tokens_of_the_whole(fake_gpt2, monkey
     assert several > 1000
 
 
+def test_an_unknown_tokenizer_is_named():
+    with pytest.raises(UserError, match="unknown tokenizer 'gpt9'; choose one of bytes, gpt2"):
+        get_tokenizer("gpt9")
+
+
 def test_long_tokenizing_shows_each_second_on_a_terminal_how_far_it_is(fake_gpt2, monkeypatch, capsys):
     Path("long").write_bytes("nïné char ".encode() * 100_000)
     monkeypatch.setattr(prepare_data, "PART", 100_000)
