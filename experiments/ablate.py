@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import mod  # noqa: E402
 import train  # noqa: E402
+from experiments.isoflop import text_sha256  # noqa: E402
 from experiments.sweep import SCHEDULE, dense_half, parse_shape, sweep  # noqa: E402
 from prepare_data import Parser, run  # noqa: E402
 
@@ -304,6 +305,7 @@ def main(argv):
     parser.add_argument("--routed_lr_scale", type=float, default=0.5)
     parser.add_argument("--predictor", action="store_true", help="makes the causal choice, not the router")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--data", default=train.TrainConfig.data, help="folder that prepare_data.py wrote")
     usual = [name for name in VARIANTS if name != "depth_gain"]  # which needs a file that depth_gain.py makes
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=usual, metavar="VARIANT")
     parser.add_argument("--processes", type=int, default=2)
@@ -316,7 +318,8 @@ def main(argv):
 
     def out_of(name, seed):
         recipe = f"{args.shape}-{args.batch_size}-{args.lr:g}-{SCHEDULE}-{args.routed_lr_scale:g}-{causal}"
-        return ROOT / "out" / "ablate" / f"{name}-{recipe}-{args.budget:g}-{seed}"
+        text = "" if args.data == train.TrainConfig.data else f"-{Path(args.data).name}"
+        return ROOT / "out" / "ablate" / f"{name}-{recipe}-{args.budget:g}-{seed}{text}"
 
     if args.one:
         (name,), (seed,) = args.only, args.seeds
@@ -334,15 +337,17 @@ def main(argv):
         if patch:
             patch()
         argv = [f"--{flag}={value}" for flag, value in flags.items()]
-        argv += [f"--seed={seed}", f"--flops={args.budget}", f"--out={out_of(name, seed)}", "--preset=cpu"]
-        train.main(argv + ["--predictor"] * args.predictor + ["--resume"] * args.resume)
+        argv += [f"--seed={seed}", f"--flops={args.budget}", f"--out={out_of(name, seed)}", f"--data={args.data}"]
+        train.main(argv + ["--preset=cpu"] + ["--predictor"] * args.predictor + ["--resume"] * args.resume)
         return
 
+    sha256 = text_sha256(args.data)
     jobs = [
         {
             "key": {"variant": name, "budget": f"{args.budget:g}", "shape": args.shape,
                     "batch_size": args.batch_size, "lr": f"{args.lr:g}", "schedule": SCHEDULE,
-                    "routed_lr_scale": f"{args.routed_lr_scale:g}", "causal": causal, "seed": seed},
+                    "routed_lr_scale": f"{args.routed_lr_scale:g}", "causal": causal, "seed": seed,
+                    "data_sha256": sha256},
             "out": out_of(name, seed),
             "command": ["experiments/ablate.py", *argv, "--one", "--only", name, "--seeds", str(seed)],
         }

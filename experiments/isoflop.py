@@ -28,6 +28,13 @@ SHAPES = {"dense": DENSE, "mod": ROUTED, "random": ROUTED}
 COLORS = {"dense": "#4477aa", "mod": "#cc3311", "random": "#999933"}
 
 
+def text_sha256(data):
+    """How the SHA-256 of the text in that folder begins. Train.py's default text is made if it is missing."""
+    if data == TrainConfig.data and not (ROOT / data / "meta.json").exists():  # it is written last
+        prepare(out=ROOT / data)
+    return load_data(ROOT / data)[2]["sha256"][:12]
+
+
 def job(key, data):
     """The train.py run that key, the first columns of its row, describes."""
     layers, width = parse_shape(key["shape"])
@@ -91,9 +98,7 @@ def main(argv):
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(argv)
     rows = read_table(TABLE)
-    if args.data == TrainConfig.data and not (ROOT / args.data / "meta.json").exists():  # it is written last
-        prepare(out=ROOT / args.data)
-    sha256 = load_data(ROOT / args.data)[2]["sha256"][:12]
+    sha256 = text_sha256(args.data)
     jobs = []
     for budget in args.budgets:
         for seed in args.seeds:
