@@ -153,9 +153,9 @@ class Route(NamedTuple):
 
 
 class RoutedBlock(nn.Module):
-    """Mixture-of-Depths around any causal block that returns its change to x. It is called as block(x, rope) with the
-    taken tokens x (B, K, C) and rope's entries for their positions, if there is a rope; in sampling a cache follows.
-    Its moves: score, choose, gather, run, gate, scatter.
+    """Mixture-of-Depths around any causal block that returns its change to x. That block is called as block(x, rope),
+    with the taken tokens x (B, K, C) and rope's entries for their positions, if there is a rope; in sampling a cache
+    follows. RoutedBlock's moves: score, choose, gather, run, gate, scatter.
 
     To change what a token is worth, change score: r ranks and gates, logit makes the causal choice, and both must come
     from the token alone. To change who is chosen at given scores, change topk and above. To change how many, set
@@ -199,7 +199,7 @@ class RoutedBlock(nn.Module):
         return idx_BK, torch.zeros_like(r, dtype=torch.bool).scatter(1, idx_BK, True)
 
     def above(self, logit, threshold):
-        """For sampling: the same two of the tokens whose logit exceeds the threshold, with K of the row that has most.
+        """For sampling: the same two, for the tokens whose logit exceeds the threshold; K is the fullest row's.
         Shorter rows are padded, with tokens that were not taken: at the end, where the causal mask hides them."""
         taken = logit > threshold
         K = taken.sum(dim=1).max()  # waits for the device

@@ -164,7 +164,7 @@ def dial(args):
         if trained:
             axis.plot(f, row["loss"], "o", ms=10, color=COLORS["mod"])
     axis.set(xlabel="forward FLOPs per token, of a dense model's of the same shape", xlim=(None, max(flops) + 0.06))
-    axis.set_ylabel("causal validation loss (nats per byte)")
+    axis.set_ylabel("causal loss on 16,384 validation bytes (nats)")
     axis.set_title("The threshold that was trained is next to the best", loc="left")
     axis.margins(y=0.12)
     return figure
@@ -252,7 +252,7 @@ def halves(args):
     for budget in budgets:
         axis.scatter([], [], color=color[budget], label=f"{label(budget)} FLOPs")
     axis.set(xscale="log", xlabel="training steps of the dense half", ylabel="MoD's loss above its dense half's (%)")
-    axis.set_title("Mostly behind its dense half in short runs, mostly ahead in long ones", loc="left")
+    axis.set_title("Older schedule (hollow): ahead in long runs; present one (filled): about even", loc="left")
     ticks = [500, 1000, 2000, 5000, 10000, 20000]
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
     axis.set_xticks([], minor=True)
