@@ -158,7 +158,7 @@ class RoutedBlock(nn.Module):
     follows. RoutedBlock's moves: score, choose, gather, run, gate, scatter.
 
     To change what a token is worth, change score: r ranks and gates, logit makes the causal choice, and both must come
-    from the token alone. To change who is chosen at given scores, change topk and above. To change how many, set
+    from the token alone. To change who is chosen at given scores, change topk, above and step. To change how many, set
     capacity, also while training (the model's config, which counts FLOPs, does not follow). To route only the MLP, wrap
     it alone. To lift all this into another model, take this class with norm, Route and choice_loss, and to sample
     through a cache also KVCache.
