@@ -164,7 +164,7 @@ def dial(args):
         if trained:
             axis.plot(f, row["loss"], "o", ms=10, color=COLORS["mod"])
     axis.set(xlabel="forward FLOPs per token, of a dense model's of the same shape", xlim=(None, max(flops) + 0.06))
-    axis.set_ylabel("causal loss on 16,384 validation bytes (nats)")
+    axis.set_ylabel(f"causal loss on {x.numel():,} validation bytes (nats)")
     axis.set_title("The threshold that was trained is next to the best", loc="left")
     axis.margins(y=0.12)
     return figure
