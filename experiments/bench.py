@@ -235,8 +235,8 @@ def peers(argv):
     check_sizes(args)
     try:
         import transformers
-    except ImportError:
-        raise UserError("this needs the package transformers: pip install transformers") from None
+    except ImportError as problem:
+        raise UserError(f"cannot import transformers, {problem}: pip install transformers") from None
     device = pick_device(args.device)
     rows = []
     print(f"{device_name(device)}, torch {torch.__version__}, transformers {transformers.__version__}; tokens/s")
