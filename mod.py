@@ -124,7 +124,8 @@ class Attention(nn.Module):
             k, v, mask = cache.update(k, v)
         # One query sees every key there is, so only T > 1 needs the triangle. (With one query and a longer
         # cache, is_causal would show it the first key only.)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1)
+        triangle = True if T > 1 else False  # a bool also where torch.compile lets T vary
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=triangle)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -153,21 +154,24 @@ class Route(NamedTuple):
 
 
 class RoutedBlock(nn.Module):
-    """Mixture-of-Depths around any causal block that returns its change to x. That block is called as block(x, rope),
-    with the taken tokens x (B, K, C) and rope's entries for their positions, if there is a rope; in sampling a cache
-    follows. RoutedBlock's moves: score, choose, gather, run, gate, scatter.
+    """Mixture-of-Depths around any causal block that returns its change to x. RoutedBlock's moves: score, choose,
+    gather, run, gate, scatter. The block is called as block(x, rope), with the taken tokens x (B, K, C) and rope's
+    entries for their positions (B, K, ...), or None. In sampling a cache follows: forward runs the prompt, step each
+    later token, as block(x, rope, cache) with x (R, 1, C) of the R rows that take theirs, and rope (1, ...).
 
     To change what a token is worth, change score: r ranks and gates, logit makes the causal choice, and both must come
     from the token alone. To change who is chosen at given scores, change topk, above and step. To change how many, set
-    capacity, also while training (the model's config, which counts FLOPs, does not follow). To route only the MLP, wrap
-    it alone. To lift all this into another model, take this class with norm, Route and choice_loss, and to sample
-    through a cache also KVCache.
+    capacity, also while training (compiled, each value compiles anew; the model's config, which counts FLOPs, does not
+    follow). To route only the MLP, wrap one that takes the same arguments. To lift all this into another model, take
+    this class with norm, Route and choice_loss, and to sample through a cache also KVCache; its rope must be a tensor.
     """
 
     def __init__(self, block, n_embd, capacity=0.125, routing="topk", gate="sigmoid", predictor=False):
         super().__init__()
         self.block = block
-        self.capacity, self.random, self.raw = capacity, routing == "random", gate == "raw"
+        self.capacity = capacity
+        self.random = {"topk": False, "random": True}[routing]
+        self.raw = {"sigmoid": False, "raw": True}[gate]
         self.router = nn.Linear(n_embd, 1, bias=False)
         self.predictor = None
         if predictor:
@@ -176,7 +180,7 @@ class RoutedBlock(nn.Module):
 
     def score(self, x):
         """For each token of x (B, T, C), by itself: r (section 3.4) and the causal choice's logit (3.5), (B, T) each.
-        In float32, and autocast is off: bfloat16 makes ties and flips decisions."""
+        In float32, weights too, and autocast is off: bfloat16 makes ties and flips decisions."""
         normed = norm(x.float())
         r = self.router(normed).squeeze(-1)
         if self.random:
@@ -212,6 +216,7 @@ class RoutedBlock(nn.Module):
 
     def forward(self, x, rope=None, causal=False, threshold=0.0, cache=None):
         """x (B, T, C) -> new x, Route. rope (T, ...) has an entry for each position. With a cache, x is a prompt."""
+        assert causal or cache is None, "with a cache the choice must be causal: top-k would need the future"
         with torch.autocast(x.device.type, enabled=False):
             r, logit = self.score(x)
         idx_BK, taken = self.above(logit, threshold) if causal else self.topk(r)
@@ -228,9 +233,9 @@ class RoutedBlock(nn.Module):
     # Sampling: skip this at first reading
 
     def step(self, x, rope, threshold, cache):
-        """forward for one new token a row, x (B, 1, C), in causal mode. Only the rows that take theirs run the block. A
-        skipped token costs no more than its score, and needs no entry in the cache, since the block attends only to
-        tokens that it took."""
+        """forward for one new token a row, x (B, 1, C), in causal mode, without autocast. Only the rows that take
+        theirs run the block. A skipped token costs no more than its score, and needs no entry in the cache, since the
+        block attends only to tokens that it took."""
         r, logit = self.score(x)
         taken = logit > threshold
         route = Route(taken, r, logit)
@@ -244,7 +249,8 @@ class RoutedBlock(nn.Module):
 
 def choice_loss(route):
     """The auxiliary loss of section 3.5, which teaches the router (or predictor) to foresee the top-k choice: add it to
-    the cross-entropy. The mean binary cross-entropy in nats; route is of a top-k forward, and not of random routing."""
+    the cross-entropy. The mean binary cross-entropy in nats; route is of a top-k forward, and not of random routing.
+    Gradient checkpointing must be use_reentrant=False, or this loss has no gradient."""
     return F.binary_cross_entropy_with_logits(route.logit, route.taken.float())
 
 
@@ -383,6 +389,7 @@ class KVCache:
         R, _, T, _ = k.shape
         rows = list(range(R)) if rows is None else rows
         held = [self.length[row] for row in rows]
+        assert T == 1 or not any(held), f"{T} new tokens: after the prompt it is one at a time"
         for row, n in zip(rows, count or [T] * R, strict=True):
             self.length[row] += n
         start, S = min(held), max(held) + T

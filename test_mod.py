@@ -486,7 +486,7 @@ def test_a_step_costs_only_what_is_taken(B):
     assert {0, 2 * B} < all_taken
 
 
-def test_extend_refuses_what_it_would_get_wrong():
+def test_sampling_refuses_what_it_would_get_wrong():
     model, cache = redrawn(), redrawn().new_cache(2)
     model.extend(tokens(2, 38), cache)
     with pytest.raises(AssertionError, match="2 new tokens: after the prompt it is one at a time"):
@@ -497,6 +497,12 @@ def test_extend_refuses_what_it_would_get_wrong():
         model.extend(tokens(2, 1), cache)
     with pytest.raises(AssertionError, match="41 tokens are longer than block_size"):
         model(tokens(2, 41))
+    # The parts, for whoever lifts them out
+    x, kv = torch.randn(2, 2, 16), cache.blocks[0]
+    with pytest.raises(AssertionError, match="2 new tokens: after the prompt it is one at a time"):
+        model.blocks[0](x, model.rope[:2], kv)
+    with pytest.raises(AssertionError, match="with a cache the choice must be causal"):
+        routed_blocks(model)[0](x, model.rope[:2], cache=model.new_cache(2).blocks[1])
 
 
 @torch.no_grad()
@@ -655,6 +661,16 @@ def test_the_training_forward_is_one_static_graph(changes, backend):
     torch._dynamo.reset()
 
 
+def test_a_compiled_model_takes_sequences_of_other_lengths():
+    """Trap: from the second length on T is symbolic, and so is T > 1."""
+    torch._dynamo.reset()
+    model = redrawn(n_layer=2)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for T in (40, 24, 11):
+        close(compiled(tokens(2, T))[0], model(tokens(2, T))[0], atol=1e-5)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("predictor", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_choices_are_made_in_float32_under_autocast(causal, predictor):
@@ -702,6 +718,12 @@ def test_a_bad_config_is_a_value_error_that_names_the_value(changes):
     name, value = next(iter(changes.items()))
     with pytest.raises(ValueError, match=f"{name} {value!r} must be"):
         MoDConfig(**{**SMALL, **changes})
+
+
+@pytest.mark.parametrize("misspelt", [dict(routing="topK"), dict(gate="sigmoid2")], ids=str)
+def test_a_routed_block_alone_refuses_a_choice_that_it_does_not_know(misspelt):
+    with pytest.raises(KeyError, match=next(iter(misspelt.values()))):
+        RoutedBlock(torch.nn.Identity(), 16, **misspelt)
 
 
 def test_mod_imports_nothing_but_torch_and_the_standard_library_and_prints_nothing(capfd):
