@@ -29,7 +29,7 @@ trains the router alone, not the layers below it; embeddings are mixed with the 
 of the rotary pairs turn. README says why.
 
 Shapes: B batch (a row is one of its sequences), T time, C channels (n_embd), H heads, D head size (C / H),
-        V vocabulary, L routed blocks, K tokens that a routed block takes of each row (its own block calls them T)
+        V vocabulary, L routed blocks, K tokens that a routed block takes of each row (the wrapped block's T)
 """
 
 from dataclasses import dataclass
@@ -156,14 +156,15 @@ class Route(NamedTuple):
 class RoutedBlock(nn.Module):
     """Mixture-of-Depths around any causal block that returns its change to x. RoutedBlock's moves: score, choose,
     gather, run, gate, scatter. The block is called as block(x, rope), with the taken tokens x (B, K, C) and rope's
-    entries for their positions (B, K, ...), or None. In sampling a cache follows: forward runs the prompt, step each
-    later token, as block(x, rope, cache) with x (R, 1, C) of the R rows that take theirs, and rope (1, ...).
+    entries for their positions (B, K, ...), or None. Sampling passes a third argument, cache.of(rows, count), whose
+    update the block calls. There forward runs the prompt, in the same shapes, and step each later token: x (R, 1, C) of
+    the R rows that take theirs, and rope (1, ...), the position that all rows are at.
 
     To change what a token is worth, change score: r ranks and gates, logit makes the causal choice, and both must come
     from the token alone. To change who is chosen at given scores, change topk, above and step. To change how many, set
-    capacity, also while training (compiled, each value compiles anew; the model's config, which counts FLOPs, does not
-    follow). To route only the MLP, wrap one that takes the same arguments. To lift all this into another model, take
-    this class with norm, Route and choice_loss, and to sample through a cache also KVCache; its rope must be a tensor.
+    capacity, also while training (if compiled, each value compiles anew; flops_per_token still reads the config's). To
+    route only the MLP, wrap it so that it takes rope and cache, and ignores them. To lift all this into another model,
+    take this class with norm, Route and choice_loss, and to sample through a cache also KVCache; rope must be a tensor.
     """
 
     def __init__(self, block, n_embd, capacity=0.125, routing="topk", gate="sigmoid", predictor=False):
@@ -180,15 +181,15 @@ class RoutedBlock(nn.Module):
 
     def score(self, x):
         """For each token of x (B, T, C), by itself: r (section 3.4) and the causal choice's logit (3.5), (B, T) each.
-        In float32, weights too, and autocast is off: bfloat16 makes ties and flips decisions."""
+        In float32, weights too, with autocast off in the caller: bfloat16 makes ties and flips decisions."""
         normed = norm(x.float())
         r = self.router(normed).squeeze(-1)
         if self.random:
             return r, torch.rand_like(r) - (1 - self.capacity)  # above 0 with probability capacity
         # Two gradients. The language model's loss comes through the gate: r scales what the block adds, so it teaches
         # the router and, as through any weight, the layers below. choice_loss comes through logit. It may teach whoever
-        # makes the causal choice, but not the layers below, hence the detach. If that is the router, it runs twice: the
-        # same values, another gradient. Where there is no gradient, once is enough.
+        # makes the causal choice, but not the layers below, hence the detach. If the router makes it, it runs twice:
+        # the same values, another gradient. If x has no gradient, once is enough.
         if self.predictor is None and not normed.requires_grad:
             return r, r
         chooser = self.router if self.predictor is None else self.predictor
@@ -233,9 +234,9 @@ class RoutedBlock(nn.Module):
     # Sampling: skip this at first reading
 
     def step(self, x, rope, threshold, cache):
-        """forward for one new token a row, x (B, 1, C), in causal mode, without autocast. Only the rows that take
-        theirs run the block. A skipped token costs no more than its score, and needs no entry in the cache, since the
-        block attends only to tokens that it took."""
+        """forward for one new token a row, x (B, 1, C), in causal mode, with autocast off. Only the rows that
+        take theirs run the block. A skipped token costs no more than its score, and needs no entry in the cache, since
+        the block attends only to tokens that it took."""
         r, logit = self.score(x)
         taken = logit > threshold
         route = Route(taken, r, logit)
@@ -369,7 +370,7 @@ def stack_routes(routes):
 
 class KVCache:
     """Keys and values of the tokens that one block has processed. In a routed block each row has its own length, since
-    each took its own tokens; what is beyond a row's length is never seen."""
+    each took its own tokens; what is beyond a row's length, no real token sees."""
 
     def __init__(self, batch, n_head, size, head_size, like):
         # Zeros, since memory as it comes may hold NaN, and a masked NaN is still NaN (0 * NaN).
@@ -378,18 +379,18 @@ class KVCache:
         self.length = [0] * batch  # on the host, where it costs no synchronisation to read
 
     def of(self, rows, count=None):
-        """The same cache, for a block that runs these rows only (ascending): its update stores into them. Of row i's
-        new tokens the first count[i] are real and the others padding; all are real if count is None."""
+        """The same cache, for a block that runs these rows only (ascending): its update stores into them. Of the new
+        tokens of rows[i] the first count[i] are real and the others padding; all are real if count is None."""
         return SimpleNamespace(update=partial(self.update, rows=rows, count=count))
 
     def update(self, k, v, rows=None, count=None):
-        """Store keys and values (R, H, T, D) of new tokens, several a row only in an empty cache. Returns all that
-        these R rows hold now, (R, H, S, D) each, padded to the longest, S; and a mask (R, 1, 1, S) of the real ones, or
-        None where is_causal is enough."""
+        """Store keys and values (R, H, T, D) of new tokens; T > 1 in an empty cache only, for all its rows. Returns all
+        that these R rows hold now, (R, H, S, D) each, padded to the longest, S; and a mask (R, 1, 1, S) of the real
+        ones, or None where is_causal is enough."""
         R, _, T, _ = k.shape
         rows = list(range(R)) if rows is None else rows
         held = [self.length[row] for row in rows]
-        assert T == 1 or not any(held), f"{T} new tokens: after the prompt it is one at a time"
+        assert T == 1 or held == [0] * len(self.length), f"{T} new tokens a row: only in an empty cache, for all rows"
         for row, n in zip(rows, count or [T] * R, strict=True):
             self.length[row] += n
         start, S = min(held), max(held) + T

@@ -499,8 +499,9 @@ def test_sampling_refuses_what_it_would_get_wrong():
         model(tokens(2, 41))
     # The parts, for whoever lifts them out
     x, kv = torch.randn(2, 2, 16), cache.blocks[0]
-    with pytest.raises(AssertionError, match="2 new tokens: after the prompt it is one at a time"):
-        model.blocks[0](x, model.rope[:2], kv)
+    for refusing in (kv, model.new_cache(3).blocks[0].of([0, 2])):
+        with pytest.raises(AssertionError, match="2 new tokens a row: only in an empty cache, for all rows"):
+            model.blocks[0](x, model.rope[:2], refusing)
     with pytest.raises(AssertionError, match="with a cache the choice must be causal"):
         routed_blocks(model)[0](x, model.rope[:2], cache=model.new_cache(2).blocks[1])
 
