@@ -266,7 +266,6 @@ VARIANTS = {  # name: (flags, patch or None); a dense half has only the unrouted
     "gaussian_raw": ({"routing": "random", "gate": "raw"}, gaussian),
     "gaussian_sigmoid": ({"routing": "random"}, gaussian),
     "muon_gaussian_raw": ({"routing": "random", "gate": "raw"}, lambda: (muon_for_all(), gaussian())),
-    "muon_gaussian_sigmoid": ({"routing": "random"}, lambda: (muon_for_all(), gaussian())),
     "detached": ({}, detached),
     "centred": ({}, centred),
     "noise_30": ({}, lambda: noise_until(0.3)),
