@@ -234,9 +234,9 @@ class RoutedBlock(nn.Module):
     # Sampling: skip this at first reading
 
     def step(self, x, rope, threshold, cache):
-        """forward for one new token a row, x (B, 1, C), in causal mode, with autocast off. Only the rows that
-        take theirs run the block. A skipped token costs no more than its score, and needs no entry in the cache, since
-        the block attends only to tokens that it took."""
+        """forward for one new token a row, x (B, 1, C), in causal mode, with autocast off. Only the rows that take
+        theirs run the block. A skipped token costs no more than its score, and needs no entry in the cache, since the
+        block attends only to tokens that it took."""
         r, logit = self.score(x)
         taken = logit > threshold
         route = Route(taken, r, logit)
@@ -370,7 +370,7 @@ def stack_routes(routes):
 
 class KVCache:
     """Keys and values of the tokens that one block has processed. In a routed block each row has its own length, since
-    each took its own tokens; what is beyond a row's length, no real token sees."""
+    each took its own tokens; no real token sees what is beyond its row's length."""
 
     def __init__(self, batch, n_head, size, head_size, like):
         # Zeros, since memory as it comes may hold NaN, and a masked NaN is still NaN (0 * NaN).

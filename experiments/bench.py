@@ -236,7 +236,7 @@ def peers(argv):
     try:
         import transformers
     except ImportError as problem:
-        raise UserError(f"cannot import transformers, {problem}: pip install transformers") from None
+        raise UserError(f"cannot import transformers ({problem}): pip install transformers") from None
     device = pick_device(args.device)
     rows = []
     print(f"{device_name(device)}, torch {torch.__version__}, transformers {transformers.__version__}; tokens/s")
