@@ -67,8 +67,9 @@ VARIANTS = {
     "staged_4": Recipe(4, capacity=0.125),
     "staged_routed_4": Recipe(4, capacity=0.125, everywhere=False),
     "integrated_4": Recipe(4, noop=0.5),
+    "experts_4_adamw": Recipe(4, muon=False),
+    "staged_4_adamw": Recipe(4, capacity=0.125, muon=False),
 }
-VARIANTS |= {f"{name}_adamw": recipe._replace(muon=False) for name, recipe in VARIANTS.items()}
 
 
 class Experts(nn.Module):

@@ -50,7 +50,7 @@ def test_flop_formula_equals_what_torch_counts(name):
     assert flops_per_token(model.config, 40, model.recipe._replace(noop=share)) * 3 * 40 == pytest.approx(counted)
 
 
-@pytest.mark.parametrize("name", ["experts_4", "staged_routed_4_adamw", "integrated_4_adamw"])
+@pytest.mark.parametrize("name", ["experts_4", "staged_routed_4", "staged_4_adamw"])
 def test_muon_flops_equal_what_torch_counts(name, monkeypatch):
     monkeypatch.setattr(train, "muon_matrices", mode.muon_matrices)
     model = redrawn(name)
