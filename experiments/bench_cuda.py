@@ -47,7 +47,7 @@ class StaticCache:
 
 def embed(model, text, position):
     embedded = norm(model.embedding(text))  # of the last four tokens
-    x, _ = model.mix(embedded[:, 3:], before=embedded[:, :3])
+    x, _ = model.mix(embedded[:, 3:], embedded[:, :3])
     return x, model.rope.index_select(0, position)
 
 
